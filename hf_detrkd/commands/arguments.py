@@ -1,0 +1,120 @@
+"""The flags of the commands, and their reading from ``--config recipe.yaml`` with flags on top."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class ModelArguments:
+    """Which detector is trained or evaluated."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from (the student): a local folder or a Hub id."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Instead of a checkpoint: a config.json (or its folder or Hub id), weights random."}
+    )
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor, where it is not beside the model: a folder or a Hub id."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Resize images to this many pixels square; by default what the processor says."}
+    )
+    do_normalize: bool | None = field(
+        default=None,
+        metadata={"help": "Normalise pixels with the processor's mean and standard deviation; by default what it says."},
+    )
+    backbone_weights: str | None = field(
+        default=None, metadata={"help": "A safetensors file with weights for the backbone, used with `config_name`."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; by default the one you logged in with."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow model code from the Hub."})
+
+
+@dataclass
+class DataArguments:
+    """Which images and boxes."""
+
+    dataset_name: str = field(
+        default="shapes",
+        metadata={
+            "help": "A folder (COCO, YOLO, Pascal VOC, imagefolder), a Hub id, or `shapes`, the built-in synthetic set."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_format: str = field(default="auto", metadata={"help": "Format of a folder, if it should not be detected."})
+    bbox_format: str | None = field(
+        default=None, metadata={"help": "What the boxes are, to say it outright: xywh, xyxy, cxcywh, and so on."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_validation_split: str = field(default="validation", metadata={"help": "Split that chooses the best step."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split for the final numbers; the validation split where there is none."}
+    )
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training split used for validation where there is no such split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
+    strict: bool = field(default=False, metadata={"help": "Stop on every finding in the data, also on repairable ones."})
+    flip_probability: float = field(default=0.5, metadata={"help": "Horizontal flips."})
+    scale_jitter: float = field(
+        default=0.25, metadata={"help": "Images are scaled by a factor in [1 - this, 1 + this] before cropping; 0: not."}
+    )
+    crop_probability: float = field(default=0.5, metadata={"help": "Random crops."})
+    photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
+
+
+def parse(dataclasses: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+    """The dataclasses filled from ``argv``; ``--config FILE.yaml`` gives defaults that flags override.
+
+    A recipe is a flat YAML mapping of flag names to values. Unknown keys are refused with the file's name.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    recipe, argv = first.parse_known_args(argv)
+    parser = HfArgumentParser(
+        dataclasses, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these flags; flags override it.")
+    values = {} if recipe.config is None else read_recipe(recipe.config)
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{recipe.config}: unknown settings {unknown}. `--help` lists the known ones.")
+    # Flags of the recipe come first, so that those typed by the user override them.
+    argv = [word for name, value in values.items() for word in _flag(name, value)] + argv
+    return tuple(parser.parse_args_into_dataclasses(argv))
+
+
+def read_recipe(path: str) -> dict:
+    """A YAML mapping; paths in it are as the user would type them in the current folder."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file.")
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of flag names to values, this is a {type(values).__name__}.")
+    return values
+
+
+def _flag(name: str, value) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        import json
+
+        return [f"--{name}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", str(value)]

@@ -1,0 +1,70 @@
+"""Measure a detector on a split: COCO metrics as a table and as JSON, with every class.
+
+    python scripts/evaluate.py --model_name_or_path CHECKPOINT --dataset_name DATA --split test --output results.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+from ..evaluation.detector import evaluate_detector
+from ..reporting.table import class_table, comparison_table
+from ..trainer import load_detector
+from .arguments import DataArguments, ModelArguments, parse
+from .distill import versions
+from .setup import build_image_processor, load_data, write_json
+
+
+@dataclass
+class EvaluateArguments:
+    """How the detector is measured."""
+
+    split: str = field(default="test", metadata={"help": "train, validation or test."})
+    batch_size: int = field(default=8, metadata={"help": "Images per step and process."})
+    num_workers: int = field(default=2, metadata={"help": "Processes that load images."})
+    backend: str = field(default="auto", metadata={"help": "pycocotools, faster_coco_eval, or auto: the faster one installed."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command. Returns what it writes to ``--output``."""
+    model_arguments, data_arguments, extra = parse((ModelArguments, DataArguments, EvaluateArguments), argv, __doc__)
+    if extra.split not in ("train", "validation", "test"):
+        raise ValueError(f"--split is {extra.split!r}; allowed are train, validation, test.")
+    if model_arguments.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: the detector to measure.")
+    data = load_data(data_arguments, seed=42, cache_dir=model_arguments.cache_dir, token=model_arguments.token)
+    model = load_detector(
+        model_arguments.model_name_or_path,
+        revision=model_arguments.model_revision,
+        cache_dir=model_arguments.cache_dir,
+        token=model_arguments.token,
+        trust_remote_code=model_arguments.trust_remote_code,
+    )
+    processor = build_image_processor(model_arguments, model)
+    dataset = getattr(data, extra.split).without_augmentation()
+    metrics = evaluate_detector(
+        model, processor, dataset, batch_size=extra.batch_size, num_workers=extra.num_workers, backend=extra.backend
+    )
+    print(f"\nCOCO AP on {extra.split} ({len(dataset)} images), in points")
+    print(comparison_table({model.name_or_path: metrics}))
+    print(class_table(metrics))
+    results = {
+        "model": model.name_or_path,
+        "dataset": data_arguments.dataset_name,
+        "split": extra.split,
+        "images": len(dataset),
+        "metrics": metrics,
+        "versions": versions(),
+    }
+    if extra.output is not None:
+        write_json(results, extra.output)
+        print(f"written to {extra.output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Train a detector without a teacher: a teacher for later, or any other.
+
+    accelerate launch scripts/finetune.py --model_name_or_path CHECKPOINT --dataset_name DATA --output_dir runs/teacher
+    accelerate launch scripts/finetune.py --config_name config.json --backbone_weights backbone.safetensors ...
+
+Same data path, metrics and settings as distill.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from ..config import DistillationConfig
+from ..reporting.curves import plot_curves
+from ..reporting.table import comparison_table
+from .arguments import DataArguments, ModelArguments, parse
+from .distill import checkpoint_to_resume, settings, train, versions
+from .setup import build_detector, build_image_processor, load_data, write_json
+
+
+@dataclass
+class FinetuneConfig(DistillationConfig):
+    """`DistillationConfig` without a teacher."""
+
+    method: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "Leave it at `none`."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method != ["none"]:
+            raise ValueError(f"`method` is {self.method}: finetune has no teacher. Use distill.py.")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command. Returns what it writes to ``results.json``."""
+    model_arguments, data_arguments, args = parse((ModelArguments, DataArguments, FinetuneConfig), argv, __doc__)
+    say = print if args.should_log else (lambda *_: None)
+    output = Path(args.output_dir)
+    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    with args.main_process_first(desc="data set"):
+        data = load_data(data_arguments, args.seed, say, model_arguments.cache_dir, model_arguments.token)
+    set_seed(args.seed)
+    model = build_detector(model_arguments, data.train.id2label)
+    processor = build_image_processor(model_arguments, model)
+    say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(data.train)} training images")
+    row, history = train(model, args, data, processor, None, None)
+    results = {"model": row, "settings": settings(model_arguments, data_arguments, args), "versions": versions()}
+    if args.should_save:
+        write_json(results, output / "results.json")
+        plot_curves({"model": history}, output / "curves.png")
+        say(f"\nCOCO AP on {data.test_split}, in points\n{comparison_table({'model': row['test']})}\n\nwritten to {output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

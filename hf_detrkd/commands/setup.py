@@ -1,0 +1,142 @@
+"""From flags to models, image processors and data sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel, RTDetrImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from ..data import Augmentation, DetectionDataset, check_dataset, load_detection_dataset, split_validation
+from ..students import load_backbone_weights
+from .arguments import DataArguments, ModelArguments
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a run."""
+
+    train: DetectionDataset
+    validation: DetectionDataset
+    test: DetectionDataset
+    test_split: str
+    """The name of the split in ``test``: the validation split where the data set has no test split."""
+
+
+def load_data(arguments: DataArguments, seed: int, say=print, cache_dir: str | None = None, token: str | None = None) -> Data:
+    """Load, check and split a data set; what the checks found is said."""
+    splits = load_detection_dataset(
+        arguments.dataset_name,
+        config_name=arguments.dataset_config_name,
+        format=arguments.dataset_format,
+        bbox_format=arguments.bbox_format,
+        cache_dir=cache_dir,
+        token=token,
+    )
+    names = arguments.dataset_train_split, arguments.dataset_validation_split, arguments.dataset_test_split
+    train, validation, test = names
+    if train not in splits:
+        raise ValueError(
+            f"{arguments.dataset_name} has no split {train!r}; it has {list(splits)}. Name one with --dataset_train_split."
+        )
+    if validation not in splits:
+        say(f"no split {validation!r}: {arguments.train_val_split:.0%} of {train!r} become the validation split")
+        splits = split_validation(splits, train, validation, arguments.train_val_split, seed=seed)
+    if test not in splits:
+        say(f"no split {test!r}: the final numbers are those of {validation!r}")
+        test = validation
+    for name, limit in ((train, arguments.max_train_samples), (validation, arguments.max_eval_samples), (test, arguments.max_eval_samples)):
+        if limit is not None:
+            splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
+    checked, report = check_dataset(splits, strict=arguments.strict)
+    say(str(report))
+    augmentation = Augmentation(
+        flip_probability=arguments.flip_probability,
+        scale_jitter=arguments.scale_jitter,
+        crop_probability=arguments.crop_probability,
+        photometric=arguments.photometric,
+    )
+    return Data(
+        train=DetectionDataset(checked[train], augmentation, seed=seed),
+        validation=DetectionDataset(checked[validation]),
+        test=DetectionDataset(checked[test]),
+        test_split=test,
+    )
+
+
+def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -> PreTrainedModel:
+    """A detector from a checkpoint or, with random weights, from a config; its classes are ``id2label``.
+
+    A checkpoint with other classes gets a new class head.
+    """
+    if (arguments.model_name_or_path is None) == (arguments.config_name is None):
+        raise ValueError(
+            "Pass one of --model_name_or_path (a checkpoint) and --config_name (a config, random weights); got "
+            f"{arguments.model_name_or_path!r} and {arguments.config_name!r}."
+        )
+    hub = {
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+        "revision": arguments.model_revision,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path or arguments.config_name, **hub)
+    same = id2label is None or {int(i): name for i, name in config.id2label.items()} == id2label
+    if not same:
+        config.id2label = dict(id2label)
+        config.label2id = {name: i for i, name in id2label.items()}
+    if arguments.model_name_or_path is not None:
+        if arguments.backbone_weights is not None:
+            raise ValueError("--backbone_weights goes with --config_name; a checkpoint has its backbone's weights already.")
+        return AutoModelForObjectDetection.from_pretrained(
+            arguments.model_name_or_path, config=config, ignore_mismatched_sizes=not same, **hub
+        )
+    model = AutoModelForObjectDetection.from_config(config)
+    if arguments.backbone_weights is not None:
+        load_backbone_weights(model, arguments.backbone_weights)
+    return model
+
+
+def build_image_processor(arguments: ModelArguments, model: PreTrainedModel) -> BaseImageProcessor:
+    """The image processor beside the checkpoint; for a model from a config the one of its family."""
+    place = arguments.image_processor_name or arguments.model_name_or_path
+    if place is not None:
+        processor = AutoImageProcessor.from_pretrained(
+            place,
+            cache_dir=arguments.cache_dir,
+            token=arguments.token,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    else:
+        processor = family_image_processor(model)
+    if arguments.image_size is not None:
+        processor.size = {"height": arguments.image_size, "width": arguments.image_size}
+    if arguments.do_normalize is not None:
+        processor.do_normalize = arguments.do_normalize
+    return processor
+
+
+def family_image_processor(model: PreTrainedModel) -> BaseImageProcessor:
+    """The default image processor of a model's family; RT-DETR's for the families that have none of their own.
+
+    RT-DETRv2's published checkpoints use RT-DETR's too.
+    """
+    try:
+        classes = IMAGE_PROCESSOR_MAPPING[type(model.config)]
+    except KeyError:
+        return RTDetrImageProcessor()
+    return classes["torchvision"]()
+
+
+def write_json(values: dict, path: str | Path) -> None:
+    """Readable JSON; whole or not at all."""
+    import json
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,160 @@
+"""The settings of a distillation run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with the settings of distillation, and defaults that suit detectors.
+
+    Everything of `TrainingArguments` works as usual. Changed defaults: ``remove_unused_columns=False`` (labels are
+    lists of dictionaries), ``batch_eval_metrics=True`` (evaluation streams), ``max_grad_norm=0.1`` (DETR, main.py),
+    ``learning_rate=1e-4`` and ``weight_decay=1e-4`` (DETR, main.py), ``metric_for_best_model="eval_map"``,
+    bf16 where the device has it (``bf16=False`` switches it off).
+
+    Raises:
+        ValueError: at construction, for a setting that can't work; the message says why and what to do.
+    """
+
+    method: list[str] = field(
+        default_factory=lambda: ["kd_detr"],
+        metadata={"help": "Distillation method(s), or `none` for the twin: the same run without a teacher."},
+    )
+    method_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the method as a dict or JSON; with several methods, one such dict by method name."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher checkpoint: a local folder or a Hub id."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
+    )
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "More arguments for the teacher's `from_pretrained`, as a dict or JSON."}
+    )
+    detection_weight: float = field(default=1.0, metadata={"help": "Weight of the detector's own task loss."})
+    kd_weight: float = field(default=1.0, metadata={"help": "Common factor of all distillation terms."})
+    kd_warmup_steps: float = field(
+        default=0, metadata={"help": "Steps of linear warm-up of the distillation terms; below 1, a share of all steps."}
+    )
+    kd_stop: float = field(
+        default=0, metadata={"help": "Step after which the teacher is left out; below 1, a share of all steps; 0: never."}
+    )
+    layer_supervision: bool = field(
+        default=True,
+        metadata={
+            "help": "Task loss on every decoder layer, also where `config.auxiliary_loss` is off. "
+            "Doesn't change the network."
+        },
+    )
+    backbone_lr_factor: float = field(
+        default=0.1, metadata={"help": "The backbone's learning rate as a share of the others' (DETR, main.py: 0.1)."}
+    )
+    ema_decay: float = field(
+        default=0.9999,
+        metadata={
+            "help": "Decay of the student's moving average, which is what is evaluated and saved; 0: no average. "
+            "Early updates use (1 + t) / (10 + t)."
+        },
+    )
+    gradient_share_steps: int = field(
+        default=500,
+        metadata={
+            "help": "Measure the share of the gradient norm that distillation has at steps 0, 1, 2 and then every so "
+            "many; costs one backward pass per term; 0: never."
+        },
+    )
+    compile_models: bool = field(
+        default=False,
+        metadata={"help": "torch.compile the backbones and encoders of student and teacher (not the decoders)."},
+    )
+
+    # Defaults of TrainingArguments that don't suit detectors.
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of all but the backbone."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of all but biases and norms."})
+    max_grad_norm: float = field(default=0.1, metadata={"help": "Gradient norm clipping, as in DETR."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: labels are dictionaries."})
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Must stay True: evaluation streams."})
+    metric_for_best_model: str | None = field(default="eval_map", metadata={"help": "What the best checkpoint has most of."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "AP is better the larger it is."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bf16 autocast; by default on CUDA devices that support it."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.use_cpu and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        self.method = _method_names(self.method)
+        self.method_config = _json_object("method_config", self.method_config)
+        self.teacher_model_init_kwargs = _json_object("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        super().__post_init__()
+        for name in ("detection_weight", "kd_weight", "kd_warmup_steps", "kd_stop", "backbone_lr_factor"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"`{name}` is {value}; it must be 0 or more.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be in [0, 1), and 0 means no moving average.")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns=True` would drop the images and labels of a detection data set. "
+                "Leave it at False."
+            )
+        if not self.batch_eval_metrics:
+            raise ValueError(
+                "`batch_eval_metrics=False` would keep every output of the evaluation in memory. Leave it at True."
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile=True` compiles the whole training step, which breaks into dozens of graphs at the "
+                "matching. Use `compile_models=True`, which compiles backbones and encoders."
+            )
+        reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if reentrant:
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` asks for `use_reentrant=True`: losses on attention maps would "
+                "silently lose their gradient. Use `use_reentrant=False`."
+            )
+
+    def kd_scale(self, step: int, max_steps: int) -> float:
+        """The factor of all distillation terms at ``step`` of ``max_steps``: ``kd_weight``, warmed up, then 0 after the stop."""
+        warmup, stop = (
+            steps * max_steps if 0 < steps < 1 else steps for steps in (self.kd_warmup_steps, self.kd_stop)
+        )
+        if stop and step >= stop:
+            return 0.0
+        return self.kd_weight * min(1.0, (step + 1) / warmup) if warmup else self.kd_weight
+
+
+def _method_names(method: str | list[str]) -> list[str]:
+    """``"a"``, ``"a,b"`` and ``["a", "b"]`` as a list of names."""
+    names = method.split(",") if isinstance(method, str) else [part for item in method for part in item.split(",")]
+    names = [name.strip() for name in names]
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"`method` is {names}: `none` means no distillation and can't be combined.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"`method` names {', '.join(repeated)} more than once.")
+    return names
+
+
+def _json_object(name: str, value: dict | str | None) -> dict | None:
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` is not JSON ({error}): {value}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"`{name}` must be a JSON object such as {{\"temperature\": 2}}, got: {value}")
+    return parsed

@@ -1,0 +1,21 @@
+"""Detection data: every usual format in one schema, checked, augmented, batched; and the built-in set ``shapes``."""
+
+from .augmentation import Augmentation
+from .collator import DetectionCollator
+from .dataset import DetectionDataset
+from .findings import DatasetError, Finding, Report
+from .formats import FORMATS, load_detection_dataset, split_off_validation
+from .schema import BOX_FORMATS
+
+__all__ = [
+    "BOX_FORMATS",
+    "FORMATS",
+    "Augmentation",
+    "DatasetError",
+    "DetectionCollator",
+    "DetectionDataset",
+    "Finding",
+    "Report",
+    "load_detection_dataset",
+    "split_off_validation",
+]

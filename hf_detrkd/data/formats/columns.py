@@ -1,0 +1,147 @@
+"""Any `datasets` set with the Hub's usual ``objects`` column, brought into the one schema; images stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import datasets
+
+from ..findings import Finding
+from ..images import name_of, read_header
+from ..schema import detection_features, objects_of, split_name, whole_ids
+
+BOX_KEYS = ("bbox", "bboxes", "boxes")
+CATEGORY_KEYS = ("category", "categories", "category_id", "label", "labels", "class", "classes")
+OPTIONAL_KEYS = {"id": ("id", "bbox_id", "ids"), "area": ("area", "areas"), "iscrowd": ("iscrowd", "is_crowd")}
+"""Spellings of the parts of ``objects`` on the Hub; the first is the usual one (cppe-5)."""
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The classes of a data set: their names, and the place among them of what an object may be labelled with."""
+
+    names: tuple[str, ...]
+    position: dict[int | str, int]
+
+    @classmethod
+    def declared(cls, names: dict[int, str]) -> ClassNames:
+        """From id -> name; an object has one or the other. Ids may be sparse."""
+        ordered = sorted(names)
+        by_name = {names[number]: index for index, number in enumerate(ordered)}
+        by_number = {number: index for index, number in enumerate(ordered)}
+        return cls(tuple(names[number] for number in ordered), by_name | by_number)
+
+    @classmethod
+    def seen(cls, values: Iterable[int | str]) -> ClassNames:
+        """From the labels objects have: sorted, and ``class_<id>`` where they are only numbers."""
+        ordered = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+        names = tuple(value if isinstance(value, str) else f"class_{value}" for value in ordered)
+        return cls(names, {value: index for index, value in enumerate(ordered)})
+
+
+def first_key(columns: Iterable[str], keys: Sequence[str]) -> str | None:
+    """The first of ``keys`` that is among the columns."""
+    present = set(columns)
+    return next((key for key in keys if key in present), None)
+
+
+def listed(objects: dict | list) -> dict[str, list]:
+    """``objects`` as a dict of lists, from that or from a list of dicts."""
+    if isinstance(objects, dict):
+        return objects
+    keys = list(dict.fromkeys(key for item in objects for key in item))
+    return {key: [item.get(key) for item in objects] for key in keys or ("bbox", "category")}
+
+
+def to_schema(
+    splits: dict[str, datasets.Dataset], box_format: str | None, findings: list[Finding]
+) -> datasets.DatasetDict:
+    """Every split in the schema of `detection_features`. Raises `ValueError` where the columns are not detection's."""
+    first = next(iter(splits.values()))
+    image_column = next((name for name, kind in first.features.items() if isinstance(kind, datasets.Image)), None)
+    if image_column is None or "objects" not in first.features:
+        raise ValueError(
+            f"The data set has the columns {list(first.features)}, but an image column and `objects` with boxes and "
+            "classes are needed, as in https://huggingface.co/datasets/cppe-5. Rename the columns, or save the set as COCO "
+            "json, YOLO, Pascal VOC or imagefolder with metadata.jsonl."
+        )
+    keys = _object_keys(first)
+    label = _label_feature(first.features["objects"], keys["category"])
+    annotations = {}
+    for name, split in splits.items():
+        columns = [key for key in ("image_id", "width", "height", "objects") if key in split.features]
+        annotations[name] = split.select_columns(columns)[:]
+        annotations[name]["objects"] = [listed(objects) for objects in annotations[name]["objects"]]
+    if label is not None:
+        classes = ClassNames.declared(dict(enumerate(label.names)))
+    else:
+        columns_of_objects = (objects for split in annotations.values() for objects in split["objects"])
+        classes = ClassNames.seen(value for objects in columns_of_objects for value in objects.get(keys["category"]) or ())
+    result = datasets.DatasetDict()
+    for name, split in splits.items():
+        columns = _split_columns(name, split, image_column, annotations[name], keys, classes, box_format or "xywh", findings)
+        features = detection_features(classes.names)
+        image = split.select_columns([image_column]).rename_column(image_column, "image")
+        others = datasets.Dataset.from_dict(columns, features=features.__class__({k: features[k] for k in columns}))
+        result[split_name(name)] = datasets.concatenate_datasets([image, others], axis=1)
+    return result
+
+
+def _object_keys(split: datasets.Dataset) -> dict[str, str]:
+    """Part of the schema's objects -> what this set calls it."""
+    feature = split.features["objects"]
+    inner = getattr(feature, "feature", feature)
+    inner = inner[0] if isinstance(inner, list) else inner
+    available = list(inner)
+    keys = {"bbox": first_key(available, BOX_KEYS), "category": first_key(available, CATEGORY_KEYS)}
+    if None in keys.values():
+        raise ValueError(
+            f"`objects` has {available}, but boxes (one of {BOX_KEYS}) and classes (one of {CATEGORY_KEYS}) are needed: "
+            "rename its parts."
+        )
+    keys |= {part: first_key(available, spellings) for part, spellings in OPTIONAL_KEYS.items()}
+    return {part: key for part, key in keys.items() if key is not None}
+
+
+def _label_feature(objects, key: str) -> datasets.ClassLabel | None:
+    inner = getattr(objects, "feature", objects)
+    inner = inner[0] if isinstance(inner, list) else inner
+    label = getattr(inner[key], "feature", inner[key])
+    return label if isinstance(label, datasets.ClassLabel) else None
+
+
+def _split_columns(
+    name: str,
+    split: datasets.Dataset,
+    image_column: str,
+    annotations: dict[str, list],
+    keys: dict[str, str],
+    classes: ClassNames,
+    box_format: str,
+    findings: list[Finding],
+) -> dict[str, list]:
+    files = split.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    columns: dict[str, list] = {"image_id": [], "width": [], "height": [], "objects": []}
+    for index, objects in enumerate(annotations["objects"]):
+        width = annotations["width"][index] if "width" in annotations else None
+        height = annotations["height"][index] if "height" in annotations else None
+        if not width or not height:
+            source = files[index][image_column]
+            try:
+                width, height = read_header(source).upright
+            except (OSError, TypeError) as error:
+                findings.append(Finding("missing or unreadable image", name_of(source or {}), f"{name} row {index}", error))
+                width = height = 1
+        parts = {part: objects.get(key) or [] for part, key in keys.items()}
+        unknown = [value for value in parts["category"] if value not in classes.position]
+        if unknown:
+            advice = f"the classes are {list(classes.position)}"
+            findings.append(Finding("object of an unknown class", name, f"row {index}", unknown[0], advice=advice))
+            parts = {part: [] for part in parts}
+        category = [classes.position[value] for value in parts.pop("category")]
+        columns["width"].append(width)
+        columns["height"].append(height)
+        columns["objects"].append(objects_of(parts.pop("bbox"), category, box_format, width, height, **parts))
+    columns["image_id"] = whole_ids(annotations.get("image_id") or [None] * len(split))
+    return columns

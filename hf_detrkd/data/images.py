@@ -1,0 +1,115 @@
+"""Reading images: sizes and orientation from the header alone, pixels in the orientation the boxes are in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+QUARTER_TURNS = frozenset({5, 6, 7, 8})
+"""EXIF orientations that exchange width and height (EXIF 2.32, tag 0x0112)."""
+
+UNSAFE_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "F"})
+"""PIL modes with more than 8 bits a channel: ``convert("RGB")`` clips them at 255."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file says about itself before any pixel is decoded."""
+
+    width: int
+    """Width of the stored pixels, before any rotation."""
+    height: int
+    mode: str
+    """PIL mode: ``RGB``, ``L``, ``P``, ``RGBA``, ..."""
+    orientation: int
+    """EXIF orientation, 1 to 8; 1 is upright and the value where there is none."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(width, height) as viewers show it, after the EXIF rotation."""
+        return (self.height, self.width) if self.orientation in QUARTER_TURNS else (self.width, self.height)
+
+    def is_turned(self, width: int, height: int) -> bool:
+        """Whether the EXIF rotation is to be applied for boxes given in an image of ``width`` by ``height``.
+
+        The declared size decides. Where both orientations have it (half turns, mirrored and square images), the image is
+        turned upright, which is how `datasets`, browsers and labelling tools show it.
+        """
+        return self.orientation != 1 and self.upright == (width, height)
+
+
+def open_image(source: Mapping | str) -> Image.Image:
+    """The image, not yet decoded. ``source``: a path, or ``{"path", "bytes"}`` as `datasets.Image(decode=False)` gives."""
+    if isinstance(source, str):
+        return Image.open(source)
+    return Image.open(BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"])
+
+
+def name_of(source: Mapping | str) -> str:
+    """What to call the image in a message."""
+    if isinstance(source, str):
+        return source
+    return source.get("path") or "embedded image"
+
+
+def header_of(image: Image.Image) -> ImageHeader:
+    """The header of an opened image. For a PNG, whose `getexif` would decode the whole image, only what stands before
+    the pixels counts."""
+    if image.format == "PNG" and "exif" not in image.info:
+        orientation = 1
+    else:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return ImageHeader(*image.size, image.mode, orientation if orientation in range(1, 9) else 1)
+
+
+def read_header(source: Mapping | str) -> ImageHeader:
+    """The header of an image file. Raises `OSError` where it is missing or no image."""
+    with open_image(source) as image:
+        return header_of(image)
+
+
+def read_pixels(source: Mapping | str, width: int, height: int) -> Tensor:
+    """(3, H, W) uint8 RGB pixels in the orientation whose size is ``width`` by ``height``.
+
+    The memory is channels-last, as decoded: torchvision resizes that fastest. Raises `ValueError`, naming the file, for
+    a missing, truncated or broken image.
+    """
+    try:
+        with open_image(source) as image:
+            turned = header_of(image).is_turned(width, height)
+            image = ImageOps.exif_transpose(image) if turned else image
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except OSError as error:
+        raise ValueError(
+            f"{name_of(source)} can't be decoded ({error}). Replace the file or take its row out of the data set."
+        ) from error
+
+
+def is_truncated(source: Mapping | str) -> bool:
+    """Whether pixels are missing at the end of the file.
+
+    JPEG and PNG end in a marker; a file that has it is whole, and only one without it is decoded to find out.
+    """
+    with open_image(source) as image:
+        if image.format in _END_MARKERS:
+            image.fp.seek(0, 2)
+            size = image.fp.tell()
+            image.fp.seek(max(0, size - 64))
+            if _END_MARKERS[image.format] in image.fp.read():
+                return False
+            image.fp.seek(0)
+    try:
+        with open_image(source) as image:
+            image.load()
+    except (OSError, SyntaxError):
+        return True
+    return False
+
+
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}

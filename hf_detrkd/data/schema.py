@@ -1,0 +1,148 @@
+"""The one schema every data set is read into, the Hub's: image, image_id, width, height, objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypedDict, get_args
+
+import datasets
+import numpy as np
+
+BoxFormat = Literal["xywh", "xyxy", "cxcywh", "xywh_normalized", "xyxy_normalized", "cxcywh_normalized"]
+"""``xywh``: left, top, width, height (COCO). ``xyxy``: left, top, right, bottom (Pascal VOC). ``cxcywh``: centre and
+size (YOLO). In pixels, or ``_normalized``: in [0, 1] of the image's width and height."""
+
+BOX_FORMATS: tuple[str, ...] = get_args(BoxFormat)
+
+
+class Objects(TypedDict):
+    """The objects of one image, as lists of one length."""
+
+    id: list[int]
+    bbox: list[list[float]]
+    category: list[int]
+    area: list[float]
+    iscrowd: list[int]
+
+
+class Row(TypedDict):
+    """One image with its objects, as a reader of a format gives it: boxes already COCO xywh in pixels."""
+
+    image: str
+    image_id: int | str
+    width: int
+    height: int
+    objects: Objects
+
+
+def detection_features(class_names: Sequence[str]) -> datasets.Features:
+    """The columns of a detection data set. ``bbox`` is (left, top, width, height) in pixels, ``area`` in square pixels."""
+    lists = {
+        "id": datasets.Sequence(datasets.Value("int64")),
+        "bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
+        "category": datasets.Sequence(datasets.ClassLabel(names=list(class_names))),
+        "area": datasets.Sequence(datasets.Value("float32")),
+        "iscrowd": datasets.Sequence(datasets.Value("int64")),
+    }
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "image_id": datasets.Value("int64"),
+            "width": datasets.Value("int32"),
+            "height": datasets.Value("int32"),
+            "objects": lists,
+        }
+    )
+
+
+def class_names_of(split: datasets.Dataset) -> list[str]:
+    """The class names of a split in this schema, in the order of their ids."""
+    return list(category_feature(split).names)
+
+
+def category_feature(split: datasets.Dataset) -> datasets.ClassLabel:
+    """The `ClassLabel` of a split in this schema."""
+    objects = split.features.get("objects")
+    category = objects.get("category") if isinstance(objects, dict) else None
+    label = getattr(category, "feature", None)
+    if not isinstance(label, datasets.ClassLabel):
+        raise TypeError(
+            f"the split has the columns {split.features}, but `objects` = {{id, bbox, category: ClassLabel, area, iscrowd}} "
+            "is needed: read it with `load_detection_dataset`, which brings every format into that schema."
+        )
+    return label
+
+
+def split_name(name: str) -> str:
+    """The split's usual name: ``val``, ``valid``, ``val2017`` and ``dev`` are ``validation``, ``train2017`` is ``train``."""
+    plain = name.lower().rstrip("0123456789").rstrip("-_")
+    for usual, spellings in _SPLITS.items():
+        if plain in spellings:
+            return usual
+    return name
+
+
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"val", "valid", "validation", "dev"},
+    "test": {"test", "testing"},
+}
+
+
+def to_xywh(boxes: np.ndarray, box_format: str, width: int, height: int) -> np.ndarray:
+    """(N, 4) boxes in ``box_format`` of an image of ``width`` by ``height`` pixels -> (N, 4) COCO xywh in pixels."""
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).copy()
+    if box_format.endswith("_normalized"):
+        boxes *= [width, height, width, height]
+        box_format = box_format.removesuffix("_normalized")
+    if box_format == "xyxy":
+        boxes[:, 2:] -= boxes[:, :2]
+    elif box_format == "cxcywh":
+        boxes[:, :2] -= boxes[:, 2:] / 2
+    return boxes
+
+
+def objects_of(
+    boxes: Iterable[Sequence[float]],
+    category: Sequence[int],
+    box_format: str,
+    width: int,
+    height: int,
+    *,
+    id: Sequence[int] | None = None,
+    area: Sequence[float] | None = None,
+    iscrowd: Sequence[int] | None = None,
+) -> Objects:
+    """The objects of one image in the schema; what a format doesn't have is filled in (ids from 0, area of the box)."""
+    xywh = to_xywh(np.array(list(boxes), dtype=np.float64), box_format, width, height)
+    if area is None or box_format.endswith("_normalized"):
+        area = (xywh[:, 2] * xywh[:, 3]).tolist()
+    return {
+        "id": list(range(len(xywh))) if id is None else list(id),
+        "bbox": xywh.tolist(),
+        "category": list(category),
+        "area": list(area),
+        "iscrowd": [0] * len(xywh) if iscrowd is None else list(iscrowd),
+    }
+
+
+def whole_ids(ids: Sequence[int | str | None]) -> list[int]:
+    """Image ids as integers: as they are, or their digits, or, for other names, numbered in order (a name used twice
+    keeps one number, so that the checks find it)."""
+    try:
+        whole = [int(value) for value in ids if value is not None]
+        if len(whole) == len(ids) and len(set(whole)) == len(set(ids)):
+            return whole
+    except ValueError:
+        pass
+    if all(value is None for value in ids):
+        return list(range(len(ids)))
+    number = {name: index for index, name in enumerate(dict.fromkeys(ids))}
+    return [number[name] for name in ids]
+
+
+def to_split(rows: Sequence[Row], class_names: Sequence[str]) -> datasets.Dataset:
+    """The rows of one split as a `datasets.Dataset` in the schema. Images stay files on disk."""
+    columns = {name: [row[name] for row in rows] for name in ("image", "width", "height", "objects")}
+    columns["image_id"] = whole_ids([row["image_id"] for row in rows])
+    return datasets.Dataset.from_dict(columns, features=detection_features(class_names))

@@ -1,0 +1,1 @@
+"""The COCO detection metric: a folder that `evaluate.load` takes, laid out as a Space."""

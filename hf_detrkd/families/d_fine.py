@@ -1,0 +1,69 @@
+"""D-FINE and DEIMv2: RT-DETR's decoder with boxes as refined distributions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .base import DecoderCall
+from .rt_detr import RTDetrV2Adapter
+
+
+class DFineAdapter(RTDetrV2Adapter):
+    """D-FINE. In evaluation its decoder gives the last layer's predictions only.
+
+    So the decoder module alone is told to be in training while it runs (its layers are not), and the model gets the
+    output it would have had: evaluation losses count the layers they counted before.
+    """
+
+    def training_flags(self, replaying: bool):
+        yield self.decoder, True
+
+    def output_for_model(self, call: DecoderCall) -> ModelOutput | None:
+        if self.decoder.training or self.num_layers == 1:
+            return None
+        names = ("logits", "reference_points", "predicted_corners")
+        per_layer = {f"intermediate_{name}": call.output[f"intermediate_{name}"][:, -1:] for name in names}
+        return replace(call.output, **per_layer, initial_reference_points=call.output.initial_reference_points[:, -1:])
+
+    def heads(self, call: DecoderCall, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        output, layers = call.output, self.num_layers
+        hidden = output.intermediate_hidden_states[:, :, part]
+        # One more entry in front: the predictions before the first refinement
+        logits = output.intermediate_logits.transpose(0, 1)[-layers:, :, part]
+        boxes = output.intermediate_reference_points.transpose(0, 1)[-layers:, :, part]
+        return self._head_input(hidden), logits, boxes
+
+    def points_scale(self, attention) -> Tensor:
+        return attention.num_points_scale
+
+    def sampling_levels(self) -> tuple[int, ...]:
+        return tuple(self.decoder.layers[0].encoder_attn.num_points_list)
+
+    def _check_model(self) -> None:
+        if self.model.eval_idx != self.num_layers - 1:
+            raise ValueError(
+                f"`eval_idx` of the model is {self.model.config.eval_idx}: it predicts from a layer before its last, "
+                f"which the views of {self.model.config.model_type} can't follow. Set `eval_idx` to -1."
+            )
+
+
+class Deimv2Adapter(DFineAdapter):
+    """DEIMv2. Its features are those after the projection inside its backbone module."""
+
+    @property
+    def feature_module(self) -> nn.Module:
+        return self.base.conv_encoder
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        config = self.model.config
+        if config.backbone_config.model_type == "dinov3_vit":  # its levels are fused with those of a small CNN
+            return (config.encoder_hidden_dim,) * len(self.feature_module.fusion_proj)
+        channels = super().feature_channels
+        return channels if config.encoder_type == "lite" else (config.encoder_hidden_dim,) * len(channels)
+
+    def feature_maps(self, output) -> tuple[Tensor, ...]:
+        return tuple(output)

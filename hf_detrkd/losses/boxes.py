@@ -1,0 +1,69 @@
+"""Distances of paired boxes, all ``(cx, cy, w, h)`` in one common unit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .reduction import weighted_mean
+
+
+def l1(student: Tensor, teacher: Tensor, weight: Tensor, *, coordinates: Literal["sum", "mean"] = "sum") -> Tensor:
+    """Weighted mean over the pairs of the absolute differences.
+
+    Args:
+        student: (..., 4) boxes.
+        teacher: (..., 4) boxes of the same pairs, taken as constants.
+        weight: (...) >= 0, broadcastable.
+        coordinates: "sum" adds the four differences, as DETR's own box loss does; "mean" averages them, as KD-DETR's
+            released code does.
+    """
+    distance = (student.float() - teacher.detach().float()).abs()
+    return weighted_mean(distance.sum(-1) if coordinates == "sum" else distance.mean(-1), weight)
+
+
+def giou(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over the pairs of ``1 - GIoU``, in [0, 2]; exactly 0 for equal boxes that have an area.
+
+    Args:
+        student: (..., 4) boxes.
+        teacher: (..., 4) boxes of the same pairs, taken as constants.
+        weight: (...) >= 0, broadcastable.
+    """
+    return weighted_mean(1 - generalized_iou(student, teacher.detach()), weight)
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al., CVPR 2019, Algorithm 1) in [-1, 1], float32.
+
+    Elementwise over (..., 4); for every pair of (B, M, 4) and (B, N, 4) give ``a[:, :, None], b[:, None]``. Two boxes
+    without an area count as disjoint instead of NaN.
+    """
+    (a_left, a_top, a_right, a_bottom), (b_left, b_top, b_right, b_bottom) = _corners(a), _corners(b)
+    intersection = _area(
+        torch.maximum(a_left, b_left),
+        torch.maximum(a_top, b_top),
+        torch.minimum(a_right, b_right),
+        torch.minimum(a_bottom, b_bottom),
+    )
+    union = _area(a_left, a_top, a_right, a_bottom) + _area(b_left, b_top, b_right, b_bottom) - intersection
+    hull = _area(
+        torch.minimum(a_left, b_left),
+        torch.minimum(a_top, b_top),
+        torch.maximum(a_right, b_right),
+        torch.maximum(a_bottom, b_bottom),
+    )
+    tiny = torch.finfo(union.dtype).tiny
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def _corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cx, cy, w, h = boxes.float().unbind(-1)
+    return cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h
+
+
+def _area(left: Tensor, top: Tensor, right: Tensor, bottom: Tensor) -> Tensor:
+    # Clamped for boxes of negative size, which heads that predict distances to the four sides can give.
+    return (right - left).clamp(min=0) * (bottom - top).clamp(min=0)

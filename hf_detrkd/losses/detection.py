@@ -1,0 +1,129 @@
+"""The task loss: transformers' own, with all layers matched at once and, on request, every decoder layer supervised."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.loss.loss_for_object_detection import ImageLoss
+from transformers.loss.loss_rt_detr import RTDetrLoss
+
+from ..matching import GroundTruthMatcher, Match, Pairs, matches
+
+if TYPE_CHECKING:
+    from ..families.base import FamilyAdapter
+
+
+@dataclass
+class TaskLoss:
+    """What is left of a task loss besides its value, which is ``output.loss``."""
+
+    _pairs: list[list[Pairs]] = field(default_factory=list)
+    _device: torch.device | None = None
+
+    @property
+    def matching(self) -> tuple[Match, ...] | None:
+        """The matching with the targets that the loss used, for the model's own queries.
+
+        One match per decoder layer that was supervised, in the order of the layers: all, or the last alone.
+        None where there was no loss, or where it matched other queries than the model's own: the groups of Group DETR
+        and, in older transformers (5.17), the denoising queries of the RT-DETR line.
+        """
+        return matches(self._pairs, self._device) if self._pairs else None
+
+
+@contextmanager
+def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
+    """While it runs, the loss that the adapter's model computes from ``labels`` is matched by ``GroundTruthMatcher``.
+
+    The value is the same to the bit in float32. Under autocast transformers matches with costs of 8 bits in some
+    families; here the costs are always float32. Group DETR's losses (lw_detr, rf_detr) keep transformers' matching.
+
+        with task_loss(adapter, per_layer=True) as task:
+            output, view = adapter.forward(batch)
+        loss, matching = output.loss, task.matching
+
+    Args:
+        adapter: of a model whose loss function is transformers' own.
+        per_layer: supervise every decoder layer, as ``config.auxiliary_loss=True`` does; but that flag changes the
+            predictions of DETR-like models, while here the config is left as it is and the layers' predictions are
+            ``adapter.layer_predictions()``. Nothing changes where the flag is on already. In the RT-DETR line the flag
+            also stands for the losses of the encoder and of the denoising queries.
+    """
+    model, task = adapter.model, TaskLoss()
+    original, assigned = model.loss_function, model.__dict__.get("_loss_function")
+
+    def loss_function(logits, labels, device, pred_boxes, config, outputs_class=None, outputs_coord=None, *args, **kw):
+        if per_layer and not config.auxiliary_loss:
+            config = copy.copy(config)
+            config.auxiliary_loss = True
+            if outputs_class is None or outputs_coord is None:
+                # The loss of Group DETR also trains the groups that are no part of the view.
+                every_query = logits.shape[1] != adapter.num_queries
+                outputs_class, outputs_coord = adapter.layer_predictions(every_query)
+        with _matched_at_once(task, adapter.num_queries, adapter.num_layers):
+            return original(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, *args, **kw)
+
+    model.loss_function = loss_function
+    try:
+        yield task
+    finally:
+        if assigned is None:
+            del model._loss_function
+        else:
+            model.loss_function = assigned
+
+
+class _Precomputed(nn.Module):
+    """Stands in for a criterion's matcher and hands out the pairs that are computed already, call by call."""
+
+    def __init__(self, pairs: list[list[Pairs]]) -> None:
+        super().__init__()
+        self._pairs = iter(pairs)
+
+    def forward(self, outputs, targets) -> list[Pairs]:
+        return next(self._pairs)
+
+
+@contextmanager
+def _matched_at_once(task: TaskLoss, num_queries: int, num_layers: int) -> Iterator[None]:
+    """While it runs, every criterion of transformers finds its matchings computed.
+
+    transformers builds criterion and matcher anew inside each loss function, so that a hook for all modules is the one
+    place to meet them. All criteria call their matcher for the last layer first, then for the auxiliary outputs.
+    """
+    replaced: list[tuple[nn.Module, nn.Module]] = []
+
+    def before(criterion: nn.Module, arguments: tuple) -> None:
+        if not isinstance(criterion, (ImageLoss, RTDetrLoss)):
+            return
+        matcher = GroundTruthMatcher.like(criterion.matcher)
+        if matcher is None:
+            return
+        outputs, targets = arguments
+        predictions = [outputs, *outputs.get("auxiliary_outputs", ())]
+        logits = [layer["logits"] for layer in predictions]
+        pairs = matcher.pairs(logits, [layer["pred_boxes"] for layer in predictions], targets)
+        replaced.append((criterion, criterion.matcher))
+        criterion.matcher = _Precomputed(pairs)
+
+        # The auxiliary outputs of the RT-DETR line end with the encoder's, and D-FINE's begin with those of a head
+        # before the first layer: of what is left, the last ones are the decoder's.
+        layers = pairs[1:-1] if isinstance(criterion, RTDetrLoss) else pairs[1:]
+        layers = [*layers[max(0, len(layers) - num_layers + 1) :], pairs[0]]
+        if all(layer.shape[1] == num_queries for layer in logits):
+            task._pairs, task._device = layers, logits[0].device
+
+    hook = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for criterion, matcher in replaced:
+            criterion.matcher = matcher

@@ -1,0 +1,57 @@
+"""The distillation methods: one file per paper, one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..families import FamilyAdapter
+from .base import DistillationMethod, Paper, configure
+from .kd_detr import KDDetr, KDDetrConfig
+from .logit_kd import LogitKD, LogitKDConfig
+
+METHODS: dict[str, type[DistillationMethod]] = {
+    "logit_kd": LogitKD,
+    "kd_detr": KDDetr,
+}
+"""``none``, the twin, is the absence of a method."""
+
+
+def build_methods(
+    names: Sequence[str], settings: Mapping[str, Any] | None, student: FamilyAdapter, teacher: FamilyAdapter
+) -> list[DistillationMethod]:
+    """The methods named, configured and checked against the pair.
+
+    Args:
+        names: keys of `METHODS`.
+        settings: for one method its settings; for several a dict of settings by method name.
+
+    Raises:
+        ValueError: unknown method or setting, or a pair that lacks what a method needs.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"`method` is {name!r}; known methods are none, {', '.join(METHODS)}.")
+    settings = settings or {}
+    if len(names) == 1:
+        settings = {names[0]: settings}
+    unknown = sorted(set(settings) - set(names))
+    if unknown:
+        raise ValueError(
+            f"`method_config` has settings for {unknown}, but the methods of this run are {list(names)}; "
+            "with several methods it must be a dict by method name."
+        )
+    return [METHODS[name](configure(METHODS[name].config_class, settings.get(name)), student, teacher) for name in names]
+
+
+__all__ = [
+    "METHODS",
+    "DistillationMethod",
+    "KDDetr",
+    "KDDetrConfig",
+    "LogitKD",
+    "LogitKDConfig",
+    "Paper",
+    "build_methods",
+    "configure",
+]

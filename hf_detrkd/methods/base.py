@@ -1,0 +1,95 @@
+"""What every distillation method is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..families import FamilyAdapter
+from ..view import DetrView
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from; goes into docs and model cards."""
+
+    title: str
+    arxiv: str
+    bibtex: str
+
+
+class DistillationMethod(nn.Module):
+    """A paper's loss between two views. Owns the projectors the paper needs and nothing else.
+
+    A subclass sets the class attributes, builds its projectors in ``__init__`` and returns its *unweighted* terms from
+    ``forward``. ``config.weights`` has exactly the names of the terms.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper | None] = None
+    config_class: ClassVar[type]
+    needs_student: ClassVar[frozenset[str]] = frozenset()
+    """Capabilities (`FamilyAdapter.provides`) without which the method can't run."""
+    needs_teacher: ClassVar[frozenset[str]] = frozenset()
+    attentions: ClassVar[bool] = False
+    """Whether the views must hold attention maps."""
+
+    def __init__(self, config, student: FamilyAdapter, teacher: FamilyAdapter):
+        super().__init__()
+        for role, adapter, needs in (("student", student, self.needs_student), ("teacher", teacher, self.needs_teacher)):
+            missing = sorted(needs - adapter.provides)
+            if missing:
+                raise ValueError(
+                    f"method `{self.name}` needs {', '.join(missing)} from the {role}, which "
+                    f"`{adapter.model.config.model_type}` doesn't provide (it provides {', '.join(sorted(adapter.provides))}). "
+                    "Choose another method or another model."
+                )
+        self.config = config
+
+    def forward(
+        self,
+        student: DetrView,
+        teacher: DetrView,
+        targets: Sequence[Mapping[str, Tensor]],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """The method's terms.
+
+        Args:
+            student: the student's view of the batch, with graph.
+            teacher: the teacher's view of the same images, without graph. Both have the same K classes in the same order.
+            targets: per image ``class_labels`` (N,) in the student's label list and ``boxes`` (N, 4).
+            generator: a CPU generator that draws the same numbers on every process and after a resume.
+
+        Returns:
+            scalar tensors under the names of ``config.weights``.
+        """
+        raise NotImplementedError
+
+
+def configure(config_class: type, given: Mapping[str, Any] | None):
+    """A method's config from a user's settings: unknown keys are refused, weights are merged into the defaults."""
+    given = dict(given or {})
+    known = [f.name for f in fields(config_class)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"`method_config` has unknown keys {unknown}; {config_class.__name__} knows {known}.")
+    weights = given.pop("weights", {})
+    config = config_class(**given)
+    unknown = sorted(set(weights) - set(config.weights))
+    if unknown:
+        raise ValueError(f"`weights` names unknown terms {unknown}; the terms are {sorted(config.weights)}.")
+    return replace(config, weights={**config.weights, **{name: float(value) for name, value in weights.items()}})
+
+
+def check_choice(config, **allowed: Sequence[str]) -> None:
+    """Refuses a config whose named fields are not among the allowed values."""
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            raise ValueError(
+                f"`{name}` of {type(config).__name__} is {getattr(config, name)!r}; allowed are {', '.join(map(repr, values))}."
+            )

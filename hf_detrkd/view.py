@@ -1,0 +1,136 @@
+"""The uniform value between models and losses: what a DETR-like detector saw and said, whatever its family.
+
+Letters, used in every docstring of this package:
+
+======  =====================================================================
+B       images of a batch
+L       decoder layers
+Q       queries
+K       classes
+D       width of the decoder
+S       memory tokens, the sum of ``h * w`` over the levels of the memory
+H       attention heads
+M       pairs of a match
+N       targets of an image
+======  =====================================================================
+
+Boxes are ``(cx, cy, w, h)`` in [0, 1] of the unpadded image, as in transformers. Masks are True where an element is real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .families.base import FamilyAdapter
+
+Classification = Literal["sigmoid", "softmax"]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What one model's decoder takes as its object queries. A family leaves out (None) what it does not have."""
+
+    content: Tensor
+    """(B, Q, D) the embeddings that enter the first decoder layer; zeros in DETR, Conditional DETR and DAB-DETR."""
+    position: Tensor | None = None
+    """(B, Q, D) positional embeddings, in families that don't compute them from the reference."""
+    reference: Tensor | None = None
+    """(B, Q, 4) boxes or (B, Q, 2) centres in [0, 1] from which the decoder starts."""
+
+    def __len__(self) -> int:
+        return self.content.shape[1]
+
+    def detach(self) -> Queries:
+        """The same queries without their graph."""
+        return self._map(Tensor.detach)
+
+    def select(self, index: Tensor) -> Queries:
+        """The queries at ``index`` (B, k), image by image."""
+
+        def take(value: Tensor) -> Tensor:
+            return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+
+        return self._map(take)
+
+    def _map(self, function) -> Queries:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Queries(**{name: None if value is None else function(value) for name, value in values.items()})
+
+    @staticmethod
+    def concatenate(groups: list[Queries]) -> Queries:
+        """One group after the other along Q. All groups must have the same parts."""
+
+        def join(name: str) -> Tensor | None:
+            parts = [getattr(group, name) for group in groups]
+            return None if parts[0] is None else torch.cat(parts, dim=1)
+
+        return Queries(**{f.name: join(f.name) for f in fields(Queries)})
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Attention of every decoder layer, normalised over what is attended to."""
+
+    kind: Literal["dense", "sampled"]
+    weights: tuple[Tensor, ...]
+    """L times: dense (B, H, Q, S) or (B, H, Q, Q); sampled (B, Q, H, P), P = all sampling points of all levels."""
+    locations: tuple[Tensor, ...] | None = None
+    """Sampled only, L times (B, Q, H, P, 2): where each point lies, x and y in [0, 1] of its level."""
+    levels: tuple[int, ...] | None = None
+    """Sampled only: the number of points on each level, fine to coarse; their sum is P."""
+
+
+@dataclass(frozen=True)
+class DetrView:
+    """One forward pass, or one replay of the decoder, of one detector.
+
+    Holds the model's own object queries only: denoising queries and the extra groups of Group DETR are cut away.
+    ``logits`` and ``boxes`` are float32 under autocast too.
+    """
+
+    logits: Tensor
+    """(L, B, Q, K) where ``classification`` is "sigmoid", (L, B, Q, K + 1) with no-object last where it is "softmax"."""
+    boxes: Tensor
+    """(L, B, Q, 4). D-FINE-like and RF-DETR-like models may leave [0, 1]."""
+    hidden_states: Tensor
+    """(L, B, Q, D), as the model's own heads read them."""
+    classification: Classification
+    queries: Queries
+    """The input of decoder layer 0."""
+    memory: Tensor
+    """(B, S, D) what the decoder cross-attends to."""
+    memory_shapes: tuple[tuple[int, int], ...]
+    """(h, w) of every level of the memory, fine to coarse."""
+    memory_mask: Tensor | None
+    """(B, S) True = real; None where the family knows no padding."""
+    features: tuple[Tensor, ...]
+    """Per level (B, C, h, w), fine to coarse, as the backbone gives them."""
+    self_attentions: AttentionMaps | None = None
+    cross_attentions: AttentionMaps | None = None
+    adapter: FamilyAdapter | None = None
+    """The adapter that made the view; it decodes again on this view's memory."""
+    decoder_arguments: dict | None = None
+    """What the decoder was called with; for the adapter only."""
+
+    def class_probs(self) -> Tensor:
+        """(L, B, Q, K) foreground probabilities, without the no-object column, for both kinds of heads."""
+        if self.classification == "softmax":
+            return self.logits.softmax(-1)[..., :-1]
+        return self.logits.sigmoid()
+
+    def replay(self, *groups: Queries, detach_memory: bool = False) -> DetrView | tuple[DetrView, ...]:
+        """Decode other queries on the memory of this view, with gradient.
+
+        Several groups don't see each other. One group gives one view, several give a tuple of views in their order.
+        """
+        views = self.adapter.replay(self, groups, detach_memory=detach_memory)
+        return views[0] if len(groups) == 1 else views
+
+    def queries_from_boxes(self, boxes: Tensor, labels: Tensor | None = None) -> Queries:
+        """Queries that this model's decoder understands, placed on ``boxes`` (B, k, 4); ``labels`` (B, k) or None."""
+        return self.adapter.queries_from_boxes(self, boxes, labels)
