@@ -99,7 +99,7 @@ class HungarianMatcher:
         with torch.autocast(device.type, enabled=False):
             costs = [self._cost(student, k, teacher, layer) for k, layer in enumerate(layers)]
         blocks = [list(layer) for layer in _to_host(costs)]
-        # 300 x 300 takes some 3 ms, and scipy releases the interpreter lock.
+        # 300 x 300 takes 3 ms and more on one core, and scipy releases the interpreter lock.
         with ThreadPoolExecutor(min(os.cpu_count() or 1, len(blocks) * len(blocks[0]))) as pool:
             futures = [[pool.submit(_assign, block) for block in layer] for layer in blocks]
         return matches([[future.result() for future in layer] for layer in futures], device)
@@ -219,22 +219,9 @@ def _assign(cost: np.ndarray) -> Pairs:
 
 def matches(pairs: Sequence[Sequence[Pairs]], device: torch.device) -> tuple[Match, ...]:
     """The matches of all layers, padded to the longest image of all, in one transfer."""
-    images = [image for layer in pairs for image in layer]
-
-    def pad(rows: list[Tensor]) -> Tensor:
-        return pad_sequence(rows, batch_first=True).unflatten(0, (len(pairs), -1))
-
-    student, teacher, weight = (
-        torch.stack(
-            [
-                pad([query for query, _ in images]),
-                pad([target for _, target in images]),
-                pad([torch.ones_like(query) for query, _ in images]),
-            ]
-        )
-        .to(device)
-        .unbind()
-    )
+    columns = zip(*((query, target, torch.ones_like(query)) for layer in pairs for query, target in layer), strict=True)
+    padded = torch.stack([pad_sequence(column, batch_first=True) for column in columns])
+    student, teacher, weight = padded.unflatten(1, (len(pairs), -1)).to(device).unbind()
     return tuple(map(Match, student, teacher, weight.float()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -73,17 +74,23 @@ class QueryProjector(nn.Module):
             places: (B, Q, 4) boxes where they stand.
             student: the view whose decoder is to take them.
         """
-        queries, places = queries.detach(), places.detach()
+        queries, places = queries.detach(), places.detach().to(student.boxes.dtype)
         if self.knows_boxes:
-            own = student.queries_from_boxes(places)
+            # Detached: the student's own queries learn from the task alone, wherever the points are
+            own = replace(student, queries=student.queries.detach()).queries_from_boxes(places)
         else:
             zeros = places.new_zeros(*places.shape[:2], student.queries.content.shape[-1])
             own = Queries(zeros.to(student.queries.content.dtype))
-        content = own.content if self.content is None else self.content(queries.content)
+        content = own.content if self.content is None else _through(self.content, queries.content)
         if self.position is not None:
-            position = self.position(queries.position)
+            position = _through(self.position, queries.position)
         elif self.place is not None:
             position = self.place(places)
         else:
             position = own.position
         return Queries(content, position, own.reference)
+
+
+def _through(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A teacher in half precision gives a student in full precision half-precision queries."""
+    return linear(x.to(linear.weight.dtype))

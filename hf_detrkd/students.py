@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -9,35 +11,35 @@ from transformers import PreTrainedModel
 def load_backbone_weights(model: PreTrainedModel, file: str) -> int:
     """Load a backbone's own weights (for example of timm) into the backbone of a detector.
 
-    The backbone is found as the place whose tensor names end like the file's.
+    The backbone is the part of the model in which the most tensor names end like the file's.
 
     Args:
         model: the detector, changed in place.
-        file: safetensors with the backbone's tensor names, without classifier.
+        file: safetensors under the backbone's own tensor names; what the backbone doesn't have (a classifier) is left out.
 
     Returns:
         the number of tensors loaded.
 
     Raises:
-        ValueError: where not every tensor of the file has a place of its shape.
+        ValueError: where the file lacks a tensor of the backbone, or has it in another shape.
     """
-    weights = load_file(file)
-    state = model.state_dict()
-    probe = next(iter(weights))
-    places = [name.removesuffix(probe) for name in state if name.endswith("." + probe)]
+    weights, state = load_file(file), model.state_dict()
+    places = Counter(name.removesuffix(key) for name in state for key in weights if name.endswith("." + key))
+    place = max(places, key=places.get, default="")
+    backbone = {name: value for name, value in state.items() if place and name.startswith(place)}
     fitting = {
-        place: [name for name, value in weights.items() if place + name in state and state[place + name].shape == value.shape]
-        for place in places
+        name: weights[name.removeprefix(place)]
+        for name, value in backbone.items()
+        if name.removeprefix(place) in weights and weights[name.removeprefix(place)].shape == value.shape
     }
-    best = max(fitting, key=lambda place: len(fitting[place]), default=None)
-    missing = sorted(set(weights) - set(fitting.get(best, ())))
-    if missing:
+    missing = sorted(backbone.keys() - fitting.keys())
+    if missing or not fitting:
         raise ValueError(
-            f"{file} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of {len(weights)} tensors have no "
-            f"place of their name and shape, the first are {missing[:3]}. Is it another network or another width?"
+            f"{file} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of its {len(backbone)} tensors are "
+            f"not in the file with their name and shape, the first are {missing[:3]}. Is it another network or width?"
         )
-    model.load_state_dict({best + name: value for name, value in weights.items()}, strict=False)
-    return len(weights)
+    model.load_state_dict(fitting, strict=False)
+    return len(fitting)
 
 
 def inherit(student: PreTrainedModel, teacher: PreTrainedModel) -> int:

@@ -152,7 +152,9 @@ def build(
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             in_backbone = any(part in parameter_name for part in ("backbone", "conv_encoder"))
-            if parameter.requires_grad and parameter.dim() > 0 and not in_backbone:
+            if in_backbone and parameter.dim() == 4:  # HGNetV2's own are so small that no image gets through
+                torch.nn.init.kaiming_normal_(parameter, generator=generator)
+            elif parameter.requires_grad and parameter.dim() > 0 and not in_backbone:
                 # Matrices keep the scale of what they map; vectors are biases and norms
                 scale = 1.2 / parameter.shape[1] ** 0.5 if parameter.dim() == 2 else 0.2
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)

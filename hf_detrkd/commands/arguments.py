@@ -67,12 +67,14 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
     strict: bool = field(default=False, metadata={"help": "Stop on every finding in the data, also on repairable ones."})
-    flip_probability: float = field(default=0.5, metadata={"help": "Horizontal flips."})
-    scale_jitter: float = field(
-        default=0.25, metadata={"help": "Images are scaled by a factor in [1 - this, 1 + this] before cropping; 0: not."}
+    flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    scale: list[float] = field(
+        default_factory=lambda: [0.8, 1.25], metadata={"help": "Range of the scale jitter; `1 1` for none."}
     )
-    crop_probability: float = field(default=0.5, metadata={"help": "Random crops."})
-    photometric: bool = field(default=True, metadata={"help": "Random brightness, contrast, saturation and hue."})
+    crop: float = field(default=0.5, metadata={"help": "Probability of a random crop."})
+    photometric: float = field(
+        default=0.5, metadata={"help": "Probability of each change of brightness, contrast, saturation and hue."}
+    )
 
 
 def parse(dataclasses: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
@@ -95,7 +97,7 @@ def parse(dataclasses: Sequence[type], argv: Sequence[str] | None = None, descri
         raise ValueError(f"{recipe.config}: unknown settings {unknown}. `--help` lists the known ones.")
     # Flags of the recipe come first, so that those typed by the user override them.
     argv = [word for name, value in values.items() for word in _flag(name, value)] + argv
-    return tuple(parser.parse_args_into_dataclasses(argv))
+    return tuple(parser.parse_args_into_dataclasses(argv)[: len(dataclasses)])  # the rest is --config
 
 
 def read_recipe(path: str) -> dict:

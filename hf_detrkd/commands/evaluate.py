@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+from ..data import DetectionDataset
 from ..evaluation.detector import evaluate_detector
 from ..reporting.table import class_table, comparison_table
 from ..trainer import load_detector
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         trust_remote_code=model_arguments.trust_remote_code,
     )
     processor = build_image_processor(model_arguments, model)
-    dataset = getattr(data, extra.split).without_augmentation()
+    dataset = DetectionDataset(getattr(data, extra.split).split)
     metrics = evaluate_detector(
         model, processor, dataset, batch_size=extra.batch_size, num_workers=extra.num_workers, backend=extra.backend
     )

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel, RTDetrImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..data import Augmentation, DetectionDataset, check_dataset, load_detection_dataset, split_validation
+from ..data import Augmentation, DetectionDataset, check_dataset, load_detection_dataset, split_off_validation
 from ..students import load_backbone_weights
 from .arguments import DataArguments, ModelArguments
+
+
+SPLIT_SEED = 0
+"""The validation split must not change with the seed of a run."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,13 @@ class Data:
     """The name of the split in ``test``: the validation split where the data set has no test split."""
 
 
-def load_data(arguments: DataArguments, seed: int, say=print, cache_dir: str | None = None, token: str | None = None) -> Data:
+def load_data(
+    arguments: DataArguments,
+    seed: int,
+    say=print,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Data:
     """Load, check and split a data set; what the checks found is said."""
     splits = load_detection_dataset(
         arguments.dataset_name,
@@ -35,28 +46,31 @@ def load_data(arguments: DataArguments, seed: int, say=print, cache_dir: str | N
         cache_dir=cache_dir,
         token=token,
     )
-    names = arguments.dataset_train_split, arguments.dataset_validation_split, arguments.dataset_test_split
-    train, validation, test = names
+    train, validation, test = (
+        arguments.dataset_train_split,
+        arguments.dataset_validation_split,
+        arguments.dataset_test_split,
+    )
     if train not in splits:
         raise ValueError(
             f"{arguments.dataset_name} has no split {train!r}; it has {list(splits)}. Name one with --dataset_train_split."
         )
     if validation not in splits:
         say(f"no split {validation!r}: {arguments.train_val_split:.0%} of {train!r} become the validation split")
-        splits = split_validation(splits, train, validation, arguments.train_val_split, seed=seed)
+        splits = split_off_validation(splits, arguments.train_val_split, seed=SPLIT_SEED)
+        validation = "validation"
     if test not in splits:
         say(f"no split {test!r}: the final numbers are those of {validation!r}")
         test = validation
-    for name, limit in ((train, arguments.max_train_samples), (validation, arguments.max_eval_samples), (test, arguments.max_eval_samples)):
-        if limit is not None:
-            splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
-    checked, report = check_dataset(splits, strict=arguments.strict)
+    limits = {train: arguments.max_train_samples}
+    limits |= {name: arguments.max_eval_samples for name in (validation, test) if name != train}
+    used = {
+        name: splits[name].select(range(min(limits[name] or len(splits[name]), len(splits[name])))) for name in limits
+    }
+    checked, report = check_dataset(datasets.DatasetDict(used), strict=arguments.strict)
     say(str(report))
     augmentation = Augmentation(
-        flip_probability=arguments.flip_probability,
-        scale_jitter=arguments.scale_jitter,
-        crop_probability=arguments.crop_probability,
-        photometric=arguments.photometric,
+        flip=arguments.flip, scale=tuple(arguments.scale), crop=arguments.crop, photometric=arguments.photometric
     )
     return Data(
         train=DetectionDataset(checked[train], augmentation, seed=seed),

@@ -1,7 +1,8 @@
 """Detection data: every usual format in one schema, checked, augmented, batched; and the built-in set ``shapes``."""
 
 from .augmentation import Augmentation
-from .collator import DetectionCollator
+from .checks import check_dataset
+from .collator import DetectionCollator, input_size
 from .dataset import DetectionDataset
 from .findings import DatasetError, Finding, Report
 from .formats import FORMATS, load_detection_dataset, split_off_validation
@@ -16,6 +17,8 @@ __all__ = [
     "DetectionDataset",
     "Finding",
     "Report",
+    "check_dataset",
+    "input_size",
     "load_detection_dataset",
     "split_off_validation",
 ]

@@ -26,15 +26,16 @@ HUE = (-0.05, 0.05)
 class Augmentation:
     """Random flip, scale jitter, crop and photometric distortion; boxes, labels, areas and crowd flags stay in step.
 
-    Scale jitter and crop choose the part of the image that is seen: it reaches beyond the image where the scale is below 1,
-    and is smaller than the image where it is above 1 or cropped. Resized to the model's input that is the jitter of Ghiasi et
-    al. (2021), without resizing twice. Built on `torchvision.transforms.v2.functional`.
+    Scale jitter and crop choose the part of the image that is seen: it reaches beyond the image where the scale is
+    below 1, and is smaller than the image where it is above 1 or cropped. Resized to the model's input that is the
+    jitter of Ghiasi et al. (2021), without resizing twice. Built on `torchvision.transforms.v2.functional`.
     """
 
     flip: float = 0.5
     """Probability of a horizontal flip."""
     scale: tuple[float, float] = (0.8, 1.25)
-    """Range of the scale jitter, drawn evenly in its logarithm; 0.8 to 1.25 is the standard jitter of Ghiasi et al. (2021)."""
+    """Range of the scale jitter, drawn evenly in its logarithm; 0.8 to 1.25 is the standard jitter of Ghiasi et al.
+    (2021)."""
     crop: float = 0.5
     """Probability of a crop, as in DETR (facebookresearch/detr, datasets/coco.py)."""
     crop_size: tuple[float, float] = (0.6, 1.0)
@@ -42,9 +43,9 @@ class Augmentation:
     photometric: float = 0.5
     """Probability of each of the changes of brightness, contrast, saturation and hue; 0.5 in SSD."""
     size: tuple[int, int] | None = None
-    """(height, width) the image is resized to before its colours change. Give the model's input size where the image processor
-    resizes to a fixed size: the colours of a small image cost a fraction, and the processor finds nothing to resize. None
-    keeps the pixels of the view."""
+    """(height, width) the image is resized to before its colours change. Give the model's input size where the image
+    processor resizes to a fixed size: the colours of a small image cost a fraction, and the processor finds nothing to
+    resize. None keeps the pixels of the view."""
     min_visible: float = 0.1
     """Objects that keep less than this share of their box are dropped: the rest hardly shows what they are."""
     min_size: float = 1.0
@@ -69,7 +70,8 @@ class Augmentation:
         return self._colours(image.contiguous(), rng), target
 
     def _window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the part that is seen. Inside the image where it is smaller, around it where larger."""
+        """(top, left, height, width) of the part that is seen. Inside the image where it is smaller, around it where
+        larger."""
         scale = np.exp(rng.uniform(*np.log(self.scale)))
         shares = rng.uniform(*self.crop_size, size=2) if rng.random() < self.crop else np.ones(2)
         spans = np.maximum(1, np.rint(np.array([height, width]) * shares / scale)).astype(int)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
-from transformers.image_processing_utils import BaseImageProcessor
 
 from .dataset import Target
+
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
 
 NOT_ABOUT_PIXELS = frozenset(
     {"image_processor_type", "processor_class", "_processor_class", "format", "do_convert_annotations", "data_format"}
@@ -25,10 +28,10 @@ PROBES = ((48, 64), (80, 24))
 class DetectionCollator:
     """A list of `DetectionDataset` items -> one batch.
 
-    The batch has ``pixel_values`` (B, 3, H, W); ``pixel_mask`` (B, H, W) where the processor gives one; ``labels``, B dicts
-    (`label_of`); and, only where the teacher's processor gives other pixels, ``teacher_pixel_values`` and
-    ``teacher_pixel_mask``. The same augmented images go through both processors. Boxes are in [0, 1] of the unpadded image, so
-    neither resizing nor padding touches them.
+    The batch has ``pixel_values`` (B, 3, H, W); ``pixel_mask`` (B, H, W) where the processor gives one; ``labels``, B
+    dicts (`label_of`); and, only where the teacher's processor gives other pixels, ``teacher_pixel_values`` and
+    ``teacher_pixel_mask``. The same augmented images go through both processors. Boxes are in [0, 1] of the unpadded
+    image, so neither resizing nor padding touches them.
     """
 
     image_processor: BaseImageProcessor
@@ -54,9 +57,10 @@ def label_of(target: Target, height: int, width: int) -> dict[str, Tensor]:
     """One image's objects as transformers' detection losses take them, and its crowds beside them.
 
     Returns:
-        ``class_labels`` (N,) int64; ``boxes`` (N, 4) cxcywh in [0, 1]; ``area`` (N,) square pixels of the image before the
-        processor; ``orig_size`` (2,) its (height, width); ``image_id`` (1,); and ``crowd_boxes`` (C, 4), ``crowd_labels``
-        (C,), ``crowd_area`` (C,) in the same units. Crowds are regions, not objects: never among the training targets.
+        ``class_labels`` (N,) int64; ``boxes`` (N, 4) cxcywh in [0, 1]; ``area`` (N,) square pixels of the image before
+        the processor; ``orig_size`` (2,) its (height, width); ``image_id`` (1,); and ``crowd_boxes`` (C, 4),
+        ``crowd_labels`` (C,), ``crowd_area`` (C,) in the same units. Crowds are regions, not objects: never among the
+        training targets.
     """
     unit = torch.tensor([width, height, width, height], dtype=torch.float32)
     boxes = box_convert(target["boxes"], "xyxy", "cxcywh") / unit
@@ -74,8 +78,8 @@ def label_of(target: Target, height: int, width: int) -> dict[str, Tensor]:
 
 
 def same_pixels(one: BaseImageProcessor, other: BaseImageProcessor) -> bool:
-    """Whether two processors make the same model inputs: no setting about pixels differs, and two images of different shape
-    come out equal, masks included."""
+    """Whether two processors make the same model inputs: no setting about pixels differs, and two images of different
+    shape come out equal, masks included."""
     settings = [
         {key: value for key, value in processor.to_dict().items() if key not in NOT_ABOUT_PIXELS}
         for processor in (one, other)
@@ -86,7 +90,21 @@ def same_pixels(one: BaseImageProcessor, other: BaseImageProcessor) -> bool:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in PROBES]
     pixels = [_pixels(processor, images) for processor in (one, other)]
-    return pixels[0].keys() == pixels[1].keys() and all(torch.equal(pixels[0][key], pixels[1][key]) for key in pixels[0])
+    return pixels[0].keys() == pixels[1].keys() and all(
+        torch.equal(pixels[0][key], pixels[1][key]) for key in pixels[0]
+    )
+
+
+def input_size(*processors: BaseImageProcessor | None) -> tuple[int, int] | None:
+    """(height, width) every image is resized to, the largest over the processors; None where one of them keeps the
+    aspect ratio or doesn't resize. What `Augmentation.size` wants; processors that are None don't count."""
+    sizes = []
+    for processor in filter(None, processors):
+        size = dict(processor.size or {})
+        if not (processor.do_resize and size.get("height") and size.get("width")):
+            return None
+        sizes.append((size["height"], size["width"]))
+    return tuple(map(max, zip(*sizes, strict=True))) if sizes else None
 
 
 def _pixels(processor: BaseImageProcessor, images: list[Tensor]) -> dict[str, Tensor]:

@@ -23,13 +23,14 @@ Transform = Callable[[Tensor, Target, np.random.Generator], tuple[Tensor, Target
 class DetectionDataset(Dataset):
     """Items ``{"image": (3, H, W) uint8, "target": Target}`` of a split in the schema of `load_detection_dataset`.
 
-    An item depends on (seed, epoch, index) alone: any number of workers, and a run resumed in mid-epoch, see the same pixels.
-    The epoch lies in shared memory, so that `set_epoch` reaches persistent workers; call it before the loader's iterator is
-    made. Without augmentation an item has the original pixels, boxes and areas.
+    An item depends on (seed, epoch, index) alone: any number of workers, and a run resumed in mid-epoch, see the same
+    pixels. The epoch lies in shared memory, so that `set_epoch` reaches persistent workers; call it before the
+    loader's iterator is made. Without augmentation an item has the original pixels, boxes and areas.
 
     Args:
         split: one split; images are decoded in `__getitem__`, in the orientation its width and height declare.
-        augmentation: called as ``augmentation(image, target, rng)`` with a NumPy generator of the item's own; None leaves
+        augmentation: called as ``augmentation(image, target, rng)`` with a NumPy generator of the item's own; None
+        leaves
             items as they are.
         seed: of the augmentation.
     """

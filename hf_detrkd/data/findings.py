@@ -10,7 +10,10 @@ from typing import Literal
 Action = Literal["stop", "repaired", "noted"]
 
 LISTED = 20
-"""Findings a message spells out; a set that is wrong throughout is one mistake, and the rest are counted."""
+"""Findings a message spells out."""
+
+LISTED_OF_A_KIND = 5
+"""Of one kind: a set that is wrong throughout is one mistake, and the rest are counted."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def _listing(findings: tuple[Finding, ...], listed: int = LISTED) -> str:
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.problem, []).append(finding)
-    share = max(1, listed // max(1, len(kinds)))
+    share = min(LISTED_OF_A_KIND, max(1, listed // max(1, len(kinds))))
     lines = []
     for problem, same in kinds.items():
         lines.append(f"  {problem} ({len(same)}x)")

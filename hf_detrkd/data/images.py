@@ -38,14 +38,15 @@ class ImageHeader:
     def is_turned(self, width: int, height: int) -> bool:
         """Whether the EXIF rotation is to be applied for boxes given in an image of ``width`` by ``height``.
 
-        The declared size decides. Where both orientations have it (half turns, mirrored and square images), the image is
-        turned upright, which is how `datasets`, browsers and labelling tools show it.
+        The declared size decides. Where both orientations have it (half turns, mirrored and square images), the image
+        is turned upright, which is how `datasets`, browsers and labelling tools show it.
         """
         return self.orientation != 1 and self.upright == (width, height)
 
 
 def open_image(source: Mapping | str) -> Image.Image:
-    """The image, not yet decoded. ``source``: a path, or ``{"path", "bytes"}`` as `datasets.Image(decode=False)` gives."""
+    """The image, not yet decoded. ``source``: a path, or ``{"path", "bytes"}`` as `datasets.Image(decode=False)`
+    gives."""
     if isinstance(source, str):
         return Image.open(source)
     return Image.open(BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"])
@@ -85,7 +86,7 @@ def read_pixels(source: Mapping | str, width: int, height: int) -> Tensor:
             turned = header_of(image).is_turned(width, height)
             image = ImageOps.exif_transpose(image) if turned else image
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
         raise ValueError(
             f"{name_of(source)} can't be decoded ({error}). Replace the file or take its row out of the data set."
         ) from error

@@ -36,7 +36,8 @@ class Row(TypedDict):
 
 
 def detection_features(class_names: Sequence[str]) -> datasets.Features:
-    """The columns of a detection data set. ``bbox`` is (left, top, width, height) in pixels, ``area`` in square pixels."""
+    """The columns of a detection data set. ``bbox`` is (left, top, width, height) in pixels, ``area`` in square
+    pixels."""
     lists = {
         "id": datasets.Sequence(datasets.Value("int64")),
         "bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
@@ -67,14 +68,15 @@ def category_feature(split: datasets.Dataset) -> datasets.ClassLabel:
     label = getattr(category, "feature", None)
     if not isinstance(label, datasets.ClassLabel):
         raise TypeError(
-            f"the split has the columns {split.features}, but `objects` = {{id, bbox, category: ClassLabel, area, iscrowd}} "
-            "is needed: read it with `load_detection_dataset`, which brings every format into that schema."
+            f"the split has the columns {split.features}, but `objects` = {{id, bbox, category: ClassLabel, area, "
+            "iscrowd}} is needed: read it with `load_detection_dataset`, which brings every format into that schema."
         )
     return label
 
 
 def split_name(name: str) -> str:
-    """The split's usual name: ``val``, ``valid``, ``val2017`` and ``dev`` are ``validation``, ``train2017`` is ``train``."""
+    """The split's usual name: ``val``, ``valid``, ``val2017`` and ``dev`` are ``validation``, ``train2017`` is
+    ``train``."""
     plain = name.lower().rstrip("0123456789").rstrip("-_")
     for usual, spellings in _SPLITS.items():
         if plain in spellings:
@@ -103,25 +105,28 @@ def to_xywh(boxes: np.ndarray, box_format: str, width: int, height: int) -> np.n
 
 
 def objects_of(
-    boxes: Iterable[Sequence[float]],
+    bbox: Iterable[Sequence[float]],
     category: Sequence[int],
     box_format: str,
     width: int,
     height: int,
     *,
     id: Sequence[int] | None = None,
-    area: Sequence[float] | None = None,
+    area: Sequence[float | None] | None = None,
     iscrowd: Sequence[int] | None = None,
 ) -> Objects:
     """The objects of one image in the schema; what a format doesn't have is filled in (ids from 0, area of the box)."""
-    xywh = to_xywh(np.array(list(boxes), dtype=np.float64), box_format, width, height)
+    xywh = to_xywh(np.array(list(bbox), dtype=np.float64), box_format, width, height)
+    box_area = (xywh[:, 2] * xywh[:, 3]).tolist()
     if area is None or box_format.endswith("_normalized"):
-        area = (xywh[:, 2] * xywh[:, 3]).tolist()
+        area = box_area
+    else:
+        area = [own if given is None else given for given, own in zip(area, box_area, strict=True)]
     return {
         "id": list(range(len(xywh))) if id is None else list(id),
         "bbox": xywh.tolist(),
         "category": list(category),
-        "area": list(area),
+        "area": area,
         "iscrowd": [0] * len(xywh) if iscrowd is None else list(iscrowd),
     }
 

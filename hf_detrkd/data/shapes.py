@@ -73,8 +73,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def generate_shapes(name: str = SHAPES, cache_dir: str | Path | None = None) -> Path:
-    """The imagefolder of a ``shapes`` set, drawn into the cache folder unless it is there. Processes may call it at once:
-    each draws into a folder of its own, and the first to finish names it."""
+    """The imagefolder of a ``shapes`` set, drawn into the cache folder unless it is there. Processes may call it at
+    once: each draws into a folder of its own, and the first to finish names it."""
     config = ShapesConfig.parse(name)
     settings = "-".join(f"{key}{value}" for key, value in asdict(config).items())
     folder = cache_folder(cache_dir) / f"{SHAPES}-v{VERSION}-{settings}"
@@ -109,8 +109,8 @@ def _write_split(folder: Path, number: int, images: int, config: ShapesConfig) -
 
 
 def draw_scene(config: ShapesConfig, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, list]]:
-    """One picture (size, size, 3) uint8 and its objects. Boxes and areas are of what can be seen, as in COCO: a shape under
-    another one is annotated where it shows, and placed anew if too little would show."""
+    """One picture (size, size, 3) uint8 and its objects. Boxes and areas are of what can be seen, as in COCO: a shape
+    under another one is annotated where it shows, and placed anew if too little would show."""
     size, large = config.size, config.size * OVERSAMPLING
     picture = _texture(size, size, rng, ground=True)
     owner = np.full((large, large), -1, dtype=np.int64)
@@ -136,10 +136,11 @@ def draw_scene(config: ShapesConfig, rng: np.random.Generator) -> tuple[np.ndarr
 
 
 def _paint(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> None:
-    """Lay a texture of the shape's own over the picture where ``mask`` is. A rim of one darker pixel keeps two shapes of like
-    texture apart."""
-    size = len(picture)
-    coverage = mask.reshape(size, OVERSAMPLING, size, OVERSAMPLING).sum((1, 3), dtype=np.float32) / OVERSAMPLING**2
+    """Lay a texture of the shape's own over the picture where ``mask`` is. A rim of one darker pixel keeps two shapes
+    of like texture apart."""
+    steps = range(OVERSAMPLING)
+    parts = [mask[i::OVERSAMPLING, j::OVERSAMPLING].astype(np.float32) for i in steps for j in steps]
+    coverage = sum(parts) / np.float32(len(parts))
     rows, columns = np.flatnonzero(coverage.any(1)), np.flatnonzero(coverage.any(0))
     place = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     alpha = coverage[place][..., None]
@@ -205,8 +206,9 @@ def _polygon(corners: int) -> np.ndarray:
 
 
 def _texture(height: int, width: int, rng: np.random.Generator, ground: bool) -> np.ndarray:
-    """(height, width, 3) float32 in [0, 255]: two colours mixed by stripes, checks, blobs or a slope, or one alone; colours say
-    nothing of the class. Those of a ground are nearer each other, so that it doesn't look like shapes itself."""
+    """(height, width, 3) float32 in [0, 255]: two colours mixed by stripes, checks, blobs or a slope, or one alone;
+    colours say nothing of the class. Those of a ground are nearer each other, so that it doesn't look like shapes
+    itself."""
     one = rng.uniform(20, 235, 3)
     other = one + rng.normal(0, 28, 3) if ground else (one + rng.uniform(20, 235, 3)) / 2
     kind = rng.integers(5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -38,9 +38,7 @@ def evaluate_detector(
         ``map``, ``map_50``, ... and ``map_<class>``, in [0, 1].
     """
     accelerator = Accelerator()
-    labels = LabelMap.between(model.config.id2label, dataset.id2label)
-    lookup = torch.full((model.config.num_labels,), -1, dtype=torch.long, device=accelerator.device)
-    lookup[list(labels.teacher_classes)] = torch.tensor(labels.student_classes, device=accelerator.device)
+    lookup = label_lookup(model, dataset.id2label).to(accelerator.device)
     loader = DataLoader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=DetectionCollator(image_processor)
     )
@@ -52,17 +50,44 @@ def evaluate_detector(
     with torch.no_grad():
         for batch in loader:
             targets = batch.pop("labels")
-            references = pack_references(targets)
-            sizes = torch.stack([target["orig_size"] for target in targets])
-            output = model(**batch)
-            detections = image_processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
-            tensors = pack_detections([_translated(detection, lookup) for detection in detections]), references
+            detections = detect(model, image_processor, batch, targets, lookup)
+            tensors = pack_detections(detections), pack_references(targets)
             tensors = accelerator.pad_across_processes(tensors, dim=1, pad_index=-100)
             predictions, references = accelerator.gather_for_metrics(tensors)
             last = accelerator.gradient_state.end_of_dataloader
             result = metrics(EvalPrediction(predictions=predictions, label_ids=references), compute_result=last)
     model.train(was_training)
     return result
+
+
+def label_lookup(model: PreTrainedModel, id2label: Mapping[int, str]) -> torch.Tensor:
+    """(number of the model's classes,) the data set's label of each of them, by name; -1 where it has none."""
+    labels = LabelMap.between(model.config.id2label, id2label)
+    lookup = torch.full((model.config.num_labels,), -1, dtype=torch.long)
+    lookup[list(labels.teacher_classes)] = torch.tensor(labels.student_classes)
+    return lookup
+
+
+def detect(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    pixels: Mapping[str, torch.Tensor],
+    targets: Sequence[Mapping[str, torch.Tensor]],
+    lookup: torch.Tensor,
+) -> list[dict[str, torch.Tensor]]:
+    """All detections of a batch, whatever their score.
+
+    Args:
+        pixels: what the model takes besides labels.
+        targets: the batch's labels, for the size of each original image.
+        lookup: from `label_lookup`.
+
+    Returns:
+        per image ``scores`` (n,), ``labels`` (n,) of the data set, ``boxes`` (n, 4) xyxy in pixels of the original.
+    """
+    sizes = torch.stack([target["orig_size"] for target in targets])
+    detections = image_processor.post_process_object_detection(model(**pixels), threshold=0.0, target_sizes=sizes)
+    return [_translated(detection, lookup) for detection in detections]
 
 
 def _translated(detection: Mapping[str, torch.Tensor], lookup: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -7,9 +7,9 @@ what its decoder calls these arguments and how its own head modules read the out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -18,32 +18,17 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..view import AttentionMaps, Classification, DetrView, Queries
-
-# References travel as boxes in [0, 1] and enter some decoders before a sigmoid. The error this makes at the border is
-# below float32's resolution of the rest, and the slope of the logit stays finite.
-LOGIT_EPS = 1e-7
-
-
-@dataclass
-class DecoderCall:
-    """One call of a decoder: what went in, what came out, and what its layers computed on the way."""
-
-    arguments: dict = field(default_factory=dict)
-    output: ModelOutput | None = None
-    layer_states: list[Tensor] = field(default_factory=list)
-    """L times (B, N, D), as the layers return them."""
-    self_attentions: list[Tensor] = field(default_factory=list)
-    cross_attentions: list[Tensor] = field(default_factory=list)
-    locations: list[Tensor] = field(default_factory=list)
-    features: tuple[Tensor, ...] = ()
-    predictions: tuple[Tensor, Tensor, Tensor] | None = None
-    """Hidden states, logits and boxes of the model's own queries, once they were asked for."""
+from . import capture
+from .capture import DecoderCall
+from .references import at_least_float32, nearest, reference_logit
 
 
 class FamilyAdapter:
-    """One model seen as its family prescribes.
+    """One model as its family prescribes.
 
-    Subclasses are a decoder contract: the class attributes below, `heads`, and where needed the few methods after it.
+    A subclass is a decoder contract: the class attributes below, `heads`, and the few other methods of its section
+    where the family needs them. The adapter changes nothing in the model and keeps nothing of a batch: what it hangs
+    into the model for a call goes with the call.
     """
 
     classification: ClassVar[Classification] = "sigmoid"
@@ -52,39 +37,37 @@ class FamilyAdapter:
     reference_argument: ClassVar[str | None] = None
     """The decoder's argument for the queries' boxes or centres."""
     reference_is_logit: ClassVar[bool] = False
-    """Whether the decoder takes the reference before a sigmoid."""
+    """Whether the decoder takes them before a sigmoid."""
     mask_argument: ClassVar[str | None] = None
     """The decoder's argument for a float mask (B, 1, Q, Q) of its self-attention."""
     mask_by_hook: ClassVar[bool] = False
     """The decoder hands its layers no mask, but their ``self_attn`` takes one."""
     memory_mask_argument: ClassVar[str | None] = "encoder_attention_mask"
     cross_attention: ClassVar[str] = "encoder_attn"
-    """Name of the cross-attention module of a layer."""
+    """Name of the cross-attention of a layer."""
     sampled: ClassVar[bool] = False
     """Whether cross-attention samples points (deformable attention) instead of attending to all of the memory."""
-    returns_attentions: ClassVar[bool] = False
-    """The decoder is always eager and gives attention maps when its argument ``output_attentions`` says so."""
-    learned_content: ClassVar[bool] = True
-    """False where the content of all queries is zeros."""
+    always_eager: ClassVar[bool] = False
+    """Attention is eager whatever the config says, and gives its maps if ``output_attentions`` asks the decoder to."""
     boxes_to_queries: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel, classes: Sequence[int] | None = None):
         self.model = model
-        self.base = model.model  # not `base_model`: RT-DETR of transformers 5.17 has no prefix
+        self.base = model.model  # RT-DETR of transformers 5.17 has no `base_model`
         self.decoder = self.base.decoder
+        self._check_model()
         self.classes = self._check_classes(classes)
         self._call: DecoderCall | None = None
-        self._check_model()
 
-    # ------------------------------------------------------------------------------------------------- sizes
+    # ---------------------------------------------------------------------------------------- what methods ask for
 
     @property
     def provides(self) -> frozenset[str]:
-        """What methods can ask of this model.
+        """What methods can count on.
 
-        "replay"; "self_attentions", "cross_attentions" (dense over the memory) or "sampled_attentions"; "padding" (it
-        reads a pixel mask); "content" (queries start from embeddings that are not zeros), "position" (queries take
-        position embeddings), "reference" (queries carry a box or a centre) and "queries_from_boxes".
+        "replay"; "self_attentions", and "cross_attentions" (over all of the memory) or "sampled_attentions"; "padding"
+        (pixel masks are read); "content" (queries start from embeddings, not from zeros), "position" (they take
+        position embeddings), "reference" (they carry a box or a centre), "queries_from_boxes".
         """
         has = {
             "replay": True,
@@ -98,6 +81,11 @@ class FamilyAdapter:
             "queries_from_boxes": self.boxes_to_queries,
         }
         return frozenset(name for name, provided in has.items() if provided)
+
+    @property
+    def learned_content(self) -> bool:
+        """False where the content of every query is zeros."""
+        return True
 
     @property
     def reference_size(self) -> int:
@@ -134,7 +122,7 @@ class FamilyAdapter:
         """Channels of ``DetrView.features``, fine to coarse."""
         return tuple(self.feature_module.intermediate_channel_sizes)
 
-    # ------------------------------------------------------------------------------------------------- family
+    # ---------------------------------------------------------------------------------------- what a family says
 
     @property
     def feature_module(self) -> nn.Module:
@@ -155,40 +143,37 @@ class FamilyAdapter:
 
     def queries(self, call: DecoderCall, part: slice) -> Queries:
         """Some of the queries that entered a call."""
-        arguments = call.arguments
-        position = arguments[self.position_argument][:, part] if self.position_argument else None
-        reference = arguments[self.reference_argument][:, part] if self.reference_argument else None
-        if self.reference_is_logit and reference is not None:
+
+        def argument(name: str | None) -> Tensor | None:
+            return None if name is None else call.arguments[name][:, part]
+
+        reference = argument(self.reference_argument)
+        if self.reference_is_logit:
             reference = reference.sigmoid()
-        return Queries(arguments["inputs_embeds"][:, part], position, reference)
+        return Queries(argument("inputs_embeds"), argument(self.position_argument), reference)
+
+    def prepare_replay(self, stack: ExitStack, groups: list[Queries]) -> list[Queries]:
+        """A family's own hooks around a replay, and the groups as its decoder is to take them."""
+        return groups
+
+    def training_flags(self, replaying: bool) -> Iterable[tuple[nn.Module, bool]]:
+        """Modules, and the value that their own ``training`` must have while the decoder runs."""
+        return ()
 
     def output_for_model(self, call: DecoderCall) -> ModelOutput | None:
         """What the model is to see instead of the decoder's output; None: the output itself."""
         return None
 
-    def training_flags(self, replaying: bool) -> Iterator[tuple[nn.Module, bool]]:
-        """Modules, and the value their own ``training`` attribute has to have while the decoder runs."""
-        return iter(())
-
-    def prepare_replay(self, stack: ExitStack, groups: list[Queries]) -> list[Queries]:
-        """A family's own hooks around a replay, and the groups of queries that its decoder is to take."""
-        return groups
-
-    def sampling(self, stack: ExitStack, call: DecoderCall) -> None:
-        """Records the sampling locations of every cross-attention, L times (B, N, H, ..., 2)."""
-
-        def keep(module, args):
-            call.locations.append(args[4])
-
-        for layer in self.decoder.layers:
-            stack.callback(getattr(layer, self.cross_attention).attn.register_forward_pre_hook(keep).remove)
+    def keep_locations(self, stack: ExitStack, call: DecoderCall) -> None:
+        """Records where every cross-attention samples."""
+        capture.keep_locations(stack, call, self.decoder.layers, self.cross_attention)
 
     def sampling_levels(self) -> tuple[int, ...]:
         """Points that one head samples on each level."""
         attention = getattr(self.decoder.layers[0], self.cross_attention)
         return (attention.n_points,) * attention.n_levels
 
-    # ------------------------------------------------------------------------------------------------- forward
+    # ---------------------------------------------------------------------------------------- forward
 
     def forward(self, inputs: Mapping, attentions: bool = False) -> tuple[ModelOutput, DetrView]:
         """Runs the model.
@@ -198,7 +183,7 @@ class FamilyAdapter:
             attentions: whether the view, and replays on it, hold attention maps.
 
         Returns:
-            the model's output, unchanged, and the view of its own queries.
+            the model's output as it is without the adapter, and the view of its own queries.
         """
         self._check_call(attentions)
         call = DecoderCall()
@@ -225,33 +210,31 @@ class FamilyAdapter:
             stack.callback(self.close)
             output = self.model(**inputs)
             self.layer_predictions()
-        part = self.own(call.arguments["inputs_embeds"].shape[1])
+        part = self.own(len(call))
         return output, self._view(call, part, self.queries(call, part), call.predictions, attentions)
 
     def layer_predictions(self, every_query: bool = False) -> tuple[Tensor, Tensor]:
         """(L, B, Q, K or K + 1) logits and (L, B, Q, 4) boxes of every layer, float32, all classes of the model.
 
-        For use while `forward` runs, once the decoder has run (in ``model.loss_function``). The view takes the same
-        tensors.
+        For the task loss: it exists while `forward` runs, once the decoder has run. The view has the same tensors.
 
         Args:
-            every_query: the denoising queries and extra groups of a training forward too, in the decoder's order.
+            every_query: with the denoising queries and extra groups of a training step, in the decoder's order.
         """
         call = self._call
         if call is None or call.output is None:
             raise RuntimeError(
-                "`layer_predictions` was called while no decoder output is there. Call it inside "
+                "`layer_predictions` was called while there is no decoder output. Call it during "
                 "`FamilyAdapter.forward`, after the decoder has run; afterwards the view has the predictions."
             )
-        number = call.arguments["inputs_embeds"].shape[1]
         if every_query:
-            return self._predict(call, slice(0, number))[1:]
+            return self._predict(call, slice(0, len(call)))[1:]
         if call.predictions is None:
-            call.predictions = self._predict(call, self.own(number))
+            call.predictions = self._predict(call, self.own(len(call)))
         return call.predictions[1:]
 
     def close(self) -> None:
-        """Forgets the batch. Nothing of the adapter stays in the model between calls, so there is no more to undo."""
+        """Forgets the batch. Between calls the adapter leaves nothing in the model, so there is no more to undo."""
         self._call = None
 
     def __enter__(self) -> FamilyAdapter:
@@ -260,24 +243,23 @@ class FamilyAdapter:
     def __exit__(self, *_) -> None:
         self.close()
 
-    # ------------------------------------------------------------------------------------------------- replay
+    # ---------------------------------------------------------------------------------------- replay
 
     def replay(self, view: DetrView, groups: Sequence[Queries], detach_memory: bool = False) -> tuple[DetrView, ...]:
         """Decodes groups of queries that don't see each other on the memory of a view, one view per group.
 
-        One call of the decoder where its self-attention takes a mask, else one call per group.
+        One call of the decoder where its self-attention takes a mask, else one per group: outside self-attention a
+        decoder treats every query alone.
 
         Args:
             view: of this adapter, from `forward` or `replay`.
             groups: (B, k, ...) each, any k.
-            detach_memory: whether gradients stop at the memory instead of flowing on to encoder and backbone.
+            detach_memory: gradients stop at the memory instead of flowing on to encoder and backbone.
         """
         attentions = view.self_attentions is not None
         self._check_call(attentions)
         groups = [self._check_queries(view, queries) for queries in groups]
-        # A mask that came through a hook would be gone when checkpointing computes the layer again in the backward pass
-        masked = self.mask_argument or (self.mask_by_hook and not self._checkpointing())
-        if len(groups) > 1 and not masked:
+        if len(groups) > 1 and not self._takes_mask():
             return tuple(self.replay(view, (queries,), detach_memory)[0] for queries in groups)
 
         memory = view.decoder_arguments
@@ -286,171 +268,157 @@ class FamilyAdapter:
         call = DecoderCall(features=view.features)
         with ExitStack() as stack:
             groups = self.prepare_replay(stack, groups)
-            queries = Queries.concatenate(groups)
-            call.arguments = {**memory, **self._query_arguments(queries)}
+            call.arguments = {**memory, **self._query_arguments(view, groups)}
             if len(groups) > 1:
-                self._isolate(stack, call, [len(group) for group in groups])
+                mask = capture.group_mask([len(group) for group in groups], call.arguments["inputs_embeds"])
+                if self.mask_argument:
+                    call.arguments[self.mask_argument] = mask
+                else:
+                    capture.mask_self_attention(stack, self.decoder.layers, mask)
             stack.enter_context(self._decoding(call, attentions, replaying=True))
-            call.output = self.decoder(**call.arguments, **self._flags(attentions))
-        hidden, logits, boxes = self._predict(call, slice(0, len(queries)))
+            call.output = self.decoder(**{**call.arguments, **self._flags(attentions)})
+        predictions = self._predict(call, slice(0, len(call)))
         views, start = [], 0
         for group in groups:
             part = slice(start, start + len(group))
-            predictions = hidden[:, :, part], logits[:, :, part], boxes[:, :, part]
-            views.append(self._view(call, part, group, predictions, attentions))
+            views.append(self._view(call, part, group, [x[:, :, part] for x in predictions], attentions))
             start = part.stop
         return tuple(views)
 
     def queries_from_boxes(self, view: DetrView, boxes: Tensor, labels: Tensor | None = None) -> Queries:
-        """Queries placed on boxes; what a box doesn't determine is borrowed from the nearest own query of the view.
+        """Queries placed on boxes; what a box doesn't determine is lent by the nearest of the view's queries.
 
         Args:
             view: of this adapter.
             boxes: (B, k, 4) in [0, 1].
-            labels: (B, k) classes of the view, used where the family embeds them.
+            labels: (B, k) classes of the view; used by families that embed them.
+
+        Raises:
+            ValueError: the queries of the family know no boxes.
         """
-        nearest = nearest_reference(boxes, view.queries.reference)
-        return replace(view.queries.select(nearest), reference=boxes[..., : self.reference_size])
+        queries = view.queries.select(nearest(boxes, view.queries.reference))
+        return replace(queries, reference=boxes[..., : self.reference_size])
 
-    # ------------------------------------------------------------------------------------------------- inside
-
-    def _flags(self, attentions: bool) -> dict:
-        return {"output_attentions": True} if attentions and self.returns_attentions else {}
+    # ---------------------------------------------------------------------------------------- inside
 
     @contextmanager
     def _decoding(self, call: DecoderCall, attentions: bool, replaying: bool):
-        """What has to hold while the decoder runs, given back afterwards."""
-
-        def keep_state(module, args, output):
-            call.layer_states.append(output[0] if isinstance(output, tuple) else output)
-
-        def keep_attention(attentions: list):
-            return lambda module, args, output: attentions.append(output[1])
-
+        """What holds while the decoder runs."""
         with ExitStack() as stack:
             for module, training in self.training_flags(replaying):
-                stack.callback(setattr, module, "training", module.training)
-                module.training = training
-            for layer in self.decoder.layers:
-                stack.callback(layer.register_forward_hook(keep_state).remove)
-                if attentions:
-                    keep = keep_attention(call.self_attentions)
-                    stack.callback(layer.self_attn.register_forward_hook(keep).remove)
-                    keep = keep_attention(call.cross_attentions)
-                    stack.callback(getattr(layer, self.cross_attention).register_forward_hook(keep).remove)
-            if attentions and self.sampled:
-                self.sampling(stack, call)
-            if attentions and not self.returns_attentions:
-                config = self.decoder.config
-                # The key "" is this config alone: the backbone keeps its own implementation
-                stack.callback(setattr, config, "_attn_implementation", {"": config._attn_implementation})
-                config._attn_implementation = {"": "eager"}
+                capture.set_training(stack, module, training)
+            capture.keep_layers(stack, call, self.decoder.layers)
+            if attentions:
+                capture.keep_attentions(stack, call, self.decoder.layers, self.cross_attention)
+                if self.sampled:
+                    self.keep_locations(stack, call)
+                if not self.always_eager:
+                    capture.use_eager_attention(stack, self.decoder.config)
             yield
 
-    def _isolate(self, stack: ExitStack, call: DecoderCall, sizes: Sequence[int]) -> None:
-        """Lets every query see its own group only."""
-        content = call.arguments["inputs_embeds"]
-        group = torch.repeat_interleave(torch.tensor(sizes)).to(content.device)
-        mask = torch.zeros(len(group), len(group), dtype=content.dtype, device=content.device)
-        mask = mask.masked_fill(group[:, None] != group[None, :], -torch.inf).expand(len(content), 1, -1, -1)
-        if self.mask_argument:
-            call.arguments[self.mask_argument] = mask
-            return
-        for layer in self.decoder.layers:
-            hook = layer.self_attn.register_forward_pre_hook(
-                lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
-            )
-            stack.callback(hook.remove)
+    def _flags(self, attentions: bool) -> dict:
+        return {"output_attentions": True} if attentions and self.always_eager else {}
 
-    def _query_arguments(self, queries: Queries) -> dict:
-        """The decoder's query arguments for these queries."""
-        arguments = {"inputs_embeds": queries.content}
-        if self.position_argument:
-            arguments[self.position_argument] = queries.position
-        if self.reference_argument:
-            reference = queries.reference
-            arguments[self.reference_argument] = reference.logit(LOGIT_EPS) if self.reference_is_logit else reference
-        if self.mask_argument:
-            arguments[self.mask_argument] = None
-        return arguments
+    def _takes_mask(self) -> bool:
+        if self.decoder.config._attn_implementation not in (None, "eager", "sdpa"):
+            return False  # others take no float mask
+        # What a hook puts in would be missing where checkpointing computes the layer again in the backward pass
+        return bool(self.mask_argument) or (self.mask_by_hook and not self._checkpointing())
+
+    def _query_arguments(self, view: DetrView, groups: list[Queries]) -> dict:
+        queries = Queries.concatenate(groups)
+        values = {
+            self.position_argument: queries.position,
+            self.reference_argument: queries.reference,
+            self.mask_argument: None,
+            "inputs_embeds": queries.content,
+        }
+        if self.reference_is_logit:
+            # The view's own go back as they came: from a sigmoid and back they would lose bits
+            own, argument = view.queries.reference, view.decoder_arguments[self.reference_argument]
+            logits = [argument if q.reference is own else reference_logit(q.reference) for q in groups]
+            values[self.reference_argument] = torch.cat(logits, dim=1)
+        return {name: value for name, value in values.items() if name is not None}
 
     def _predict(self, call: DecoderCall, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        # Under autocast a head would round its boxes to 8 bits
+        # Autocast would round the boxes to 8 bits
         with torch.autocast(call.arguments["inputs_embeds"].device.type, enabled=False):
             hidden, logits, boxes = self.heads(call, part)
         return hidden, at_least_float32(logits), at_least_float32(boxes)
 
+    def _head_input(self, x: Tensor) -> Tensor:
+        """In the type of the heads' weights; under autocast that is float32."""
+        return x.to(self.model.dtype)
+
     def _view(
-        self, call: DecoderCall, part: slice, queries: Queries, predictions: tuple[Tensor, ...], attentions: bool
+        self, call: DecoderCall, part: slice, queries: Queries, predictions: Sequence[Tensor], attentions: bool
     ) -> DetrView:
         hidden, logits, boxes = predictions
-        arguments = call.arguments
-        memory, mask = arguments["encoder_hidden_states"], self.memory_mask_argument
+        arguments, mask = call.arguments, self.memory_mask_argument
         shapes = arguments.get("spatial_shapes_list") or [call.features[-1].shape[-2:]]
         self_attentions, cross_attentions = self._attention_maps(call, part) if attentions else (None, None)
-        query_arguments = {"inputs_embeds", self.position_argument, self.reference_argument, self.mask_argument}
+        of_queries = {"inputs_embeds", self.position_argument, self.mask_argument}
+        arguments = {name: x for name, x in arguments.items() if name not in of_queries}
+        if self.reference_argument:
+            arguments[self.reference_argument] = arguments[self.reference_argument][:, part]
         return DetrView(
-            logits=self._select_classes(logits),
+            logits=self._keep_classes(logits),
             boxes=boxes,
             hidden_states=hidden,
             classification=self.classification,
             queries=queries,
-            memory=memory,
+            memory=arguments["encoder_hidden_states"],
             memory_shapes=tuple((int(height), int(width)) for height, width in shapes),
             memory_mask=arguments[mask].bool() if mask else None,
             features=call.features,
             self_attentions=self_attentions,
             cross_attentions=cross_attentions,
             adapter=self,
-            decoder_arguments={name: x for name, x in arguments.items() if name not in query_arguments},
+            decoder_arguments=arguments,
         )
 
     def _attention_maps(self, call: DecoderCall, part: slice) -> tuple[AttentionMaps, AttentionMaps]:
         batch = len(call.arguments["inputs_embeds"])
         # Group DETR stacks its groups along the batch, the model's own first
-        own = tuple(weights[:batch, :, part, part] for weights in call.self_attentions)
-        self_attentions = AttentionMaps("dense", own)
+        among_queries = AttentionMaps("dense", tuple(w[:batch, :, part, part] for w in call.self_attentions))
         if not self.sampled:
-            return self_attentions, AttentionMaps("dense", tuple(w[:, :, part] for w in call.cross_attentions))
+            return among_queries, AttentionMaps("dense", tuple(w[:, :, part] for w in call.cross_attentions))
         weights = tuple(w[:, part].flatten(3) for w in call.cross_attentions)
         locations = tuple(x[:, part].flatten(3, -2) for x in call.locations)
-        return self_attentions, AttentionMaps("sampled", weights, locations, self.sampling_levels())
+        return among_queries, AttentionMaps("sampled", weights, locations, self.sampling_levels())
 
-    def _select_classes(self, logits: Tensor) -> Tensor:
+    def _keep_classes(self, logits: Tensor) -> Tensor:
         if self.classes is None:
             return logits
+        kept = logits[..., self.classes]
         if self.classification == "sigmoid":
-            return logits[..., self.classes]
-        dropped = [c for c in range(logits.shape[-1]) if c not in self.classes]  # no-object among them
-        return torch.cat([logits[..., self.classes], logits[..., dropped].logsumexp(-1, keepdim=True)], dim=-1)
-
-    def _head_input(self, hidden: Tensor) -> Tensor:
-        """Hidden states in the type of the head's weights, float32 under autocast."""
-        return hidden.to(self.model.dtype)
+            return kept
+        others = [c for c in range(logits.shape[-1]) if c not in self.classes]  # no-object among them
+        return torch.cat([kept, logits[..., others].logsumexp(-1, keepdim=True)], dim=-1)
 
     def _checkpointing(self) -> bool:
         return any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.decoder.layers)
 
-    # ------------------------------------------------------------------------------------------------- checks
+    # ---------------------------------------------------------------------------------------- checks
 
     def _check_model(self) -> None:
-        """Refuses what the family's decoder can't do."""
+        """Refuses a model that the family's views can't follow."""
 
     def _check_call(self, attentions: bool) -> None:
         if not self._checkpointing():
             return
-        for layer in self.decoder.layers:
-            function = getattr(layer, "_gradient_checkpointing_func", None)
-            if function is not None and getattr(function, "keywords", {}).get("use_reentrant", True):
-                raise ValueError(
-                    "The model uses reentrant gradient checkpointing, under which losses on attention maps silently "
-                    "lose their gradient. Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-        if attentions and not self.returns_attentions and self.decoder.config._attn_implementation != "eager":
+        function = next(layer._gradient_checkpointing_func for layer in self.decoder.layers)
+        if getattr(function, "keywords", {}).get("use_reentrant", True):
             raise ValueError(
-                "Attention maps were asked for under gradient checkpointing, but the model's attention is "
-                f"{self.decoder.config._attn_implementation!r}: the backward pass would compute the layers again "
-                "without maps. Load the model with attn_implementation='eager' or switch checkpointing off."
+                "The model uses reentrant gradient checkpointing, under which losses on attention maps silently lose "
+                "their gradient. Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        implementation = self.decoder.config._attn_implementation
+        if attentions and not self.always_eager and implementation != "eager":
+            raise ValueError(
+                f"Attention maps were asked for under gradient checkpointing with {implementation!r} attention, which "
+                "gives none: the backward pass would compute the layers again by another function. Load the model "
+                "with attn_implementation='eager', or switch checkpointing off."
             )
 
     def _check_classes(self, classes: Sequence[int] | None) -> list[int] | None:
@@ -464,38 +432,19 @@ class FamilyAdapter:
         return classes
 
     def _check_queries(self, view: DetrView, queries: Queries) -> Queries:
-        family, batch = self.model.config.model_type, len(view.memory)
         sizes = {"content": self.width}
         if self.position_argument:
             sizes["position"] = self.width
-        if self.reference_argument:
+        if self.reference_argument or (self.reference_size and queries.reference is not None):
             sizes["reference"] = self.reference_size
         for name, size in sizes.items():
             value = getattr(queries, name)
-            if value is None or value.shape[0] != batch or value.shape[-1] != size:
-                given = None if value is None else tuple(value.shape)
+            shape = None if value is None else tuple(value.shape)
+            if shape != (len(view.memory), len(queries), size):
                 raise ValueError(
-                    f"`{name}` of the queries has shape {given}; the decoder of this {family} model needs "
-                    f"({batch}, k, {size})."
+                    f"`{name}` of the queries has shape {shape}; the decoder of this {self.model.config.model_type} "
+                    f"model needs (B, k, {size}) with B {len(view.memory)}."
                 )
-        if self.model.dtype in (torch.float16, torch.bfloat16):
-            parts = {name: getattr(queries, name) for name in sizes}
-            return replace(queries, **{name: value.to(self.model.dtype) for name, value in parts.items()})
+        if self.model.dtype.itemsize == 2:  # a model in half precision takes no other
+            queries = replace(queries, **{name: getattr(queries, name).to(self.model.dtype) for name in sizes})
         return queries
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision to float32, anything else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def nearest_reference(boxes: Tensor, reference: Tensor) -> Tensor:
-    """(B, k) index of the reference (B, Q, 4 or 2) whose centre is nearest to each of the boxes (B, k, 4)."""
-    distance = (boxes[:, :, None, :2] - reference.detach()[:, None, :, :2]).square().sum(-1)
-    return distance.argmin(-1)
-
-
-def refined(delta: Tensor, reference_logit: Tensor) -> Tensor:
-    """Boxes from a head's output and the reference it corrects: (..., 4) logits plus (..., 2) or (..., 4) logits."""
-    size = reference_logit.shape[-1]
-    return torch.cat([delta[..., :size] + reference_logit, delta[..., size:]], dim=-1).sigmoid()

@@ -9,8 +9,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..view import DetrView, Queries
-from .base import LOGIT_EPS, DecoderCall, FamilyAdapter, refined
+from .base import FamilyAdapter
+from .capture import DecoderCall
 from .detr import DetrAdapter
+from .references import reference_logit, refine
 
 
 class ConditionalDetrAdapter(DetrAdapter):
@@ -37,16 +39,16 @@ class ConditionalDetrAdapter(DetrAdapter):
         hidden = self.normed_states(call, part)
         centre = self._head_input(call.output.reference_points.transpose(0, 1)[:, part])
         inverse_sigmoid = sys.modules[type(self.model).__module__].inverse_sigmoid
-        boxes = refined(self.model.bbox_predictor(hidden), inverse_sigmoid(centre).expand(len(hidden), -1, -1, -1))
+        boxes = refine(self.model.bbox_predictor(hidden), inverse_sigmoid(centre).expand(len(hidden), -1, -1, -1))
         return hidden, self.model.class_labels_classifier(hidden), boxes
 
-    def prepare_replay(self, stack: ExitStack, queries: list[Queries]) -> list[Queries]:
+    def prepare_replay(self, stack: ExitStack, groups: list[Queries]) -> list[Queries]:
         head = self.decoder.ref_point_head
         groups = [
             replace(group, reference=head(group.position).sigmoid()) if group.reference is None else group
-            for group in queries
+            for group in groups
         ]
-        centres = Queries.concatenate(groups).reference.logit(LOGIT_EPS)
+        centres = reference_logit(Queries.concatenate(groups).reference)
         stack.callback(head.register_forward_hook(lambda module, args, output: centres).remove)
         return groups
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .base import DecoderCall
+from .capture import DecoderCall
 from .rt_detr import RTDetrV2Adapter
 
 
@@ -18,8 +19,8 @@ class DFineAdapter(RTDetrV2Adapter):
     output it would have had: evaluation losses count the layers they counted before.
     """
 
-    def training_flags(self, replaying: bool):
-        yield self.decoder, True
+    def training_flags(self, replaying: bool) -> Iterable[tuple[nn.Module, bool]]:
+        return ((self.decoder, True),)
 
     def output_for_model(self, call: DecoderCall) -> ModelOutput | None:
         if self.decoder.training or self.num_layers == 1:
@@ -36,7 +37,7 @@ class DFineAdapter(RTDetrV2Adapter):
         boxes = output.intermediate_reference_points.transpose(0, 1)[-layers:, :, part]
         return self._head_input(hidden), logits, boxes
 
-    def points_scale(self, attention) -> Tensor:
+    def points_scale(self, attention: nn.Module) -> Tensor:
         return attention.num_points_scale
 
     def sampling_levels(self) -> tuple[int, ...]:

@@ -6,7 +6,9 @@ import sys
 
 from torch import Tensor, nn
 
-from .base import DecoderCall, FamilyAdapter, refined
+from .base import FamilyAdapter
+from .capture import DecoderCall
+from .references import refine
 
 
 class DabDetrAdapter(FamilyAdapter):
@@ -17,7 +19,7 @@ class DabDetrAdapter(FamilyAdapter):
     mask_by_hook = True
     memory_mask_argument = "memory_key_padding_mask"
     cross_attention = "cross_attn"
-    returns_attentions = True
+    always_eager = True
 
     @property
     def learned_content(self) -> bool:
@@ -39,7 +41,7 @@ class DabDetrAdapter(FamilyAdapter):
         inverse_sigmoid = sys.modules[type(self.model).__module__].inverse_sigmoid
         hidden = self._head_input(call.output.intermediate_hidden_states[:, :, part])
         reference = inverse_sigmoid(self._head_input(call.output.reference_points[:, :, part]))
-        return hidden, self.model.class_embed(hidden), refined(self.model.bbox_predictor(hidden), reference)
+        return hidden, self.model.class_embed(hidden), refine(self.model.bbox_predictor(hidden), reference)
 
     def _check_model(self) -> None:
         if self.model.config.query_dim != 4:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..view import DetrView, Queries
-from .base import LOGIT_EPS, DecoderCall, FamilyAdapter, refined
+from .base import FamilyAdapter
+from .capture import DecoderCall
+from .references import reference_logit, refine
 
 
 class DeformableDetrAdapter(FamilyAdapter):
@@ -37,14 +39,14 @@ class DeformableDetrAdapter(FamilyAdapter):
         for layer, (state, reference) in enumerate(zip(hidden, given, strict=True)):
             logits.append(self.model.class_embed[layer](state))
             reference = inverse_sigmoid(self._head_input(reference[:, part]))
-            boxes.append(refined(self.model.bbox_embed[layer](state), reference))
+            boxes.append(refine(self.model.bbox_embed[layer](state), reference))
         return hidden, torch.stack(logits), torch.stack(boxes)
 
     def queries_from_boxes(self, view: DetrView, boxes: Tensor, labels: Tensor | None = None) -> Queries:
         """Two-stage: exactly the queries the model would make of such proposals. One-stage: the nearest, moved."""
         if not self.model.config.two_stage:
             return super().queries_from_boxes(view, boxes, labels)
-        proposals = self.base.get_proposal_pos_embed(boxes.logit(LOGIT_EPS))
+        proposals = self.base.get_proposal_pos_embed(reference_logit(boxes))
         embedding = self.base.pos_trans_norm(self.base.pos_trans(proposals.to(self.model.dtype)))
         position, content = embedding.split(self.width, dim=-1)
         return Queries(content, position, boxes)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..view import DetrView, Queries
-from .base import DecoderCall, FamilyAdapter
+from .base import FamilyAdapter
+from .capture import DecoderCall
 
 
 class DetrAdapter(FamilyAdapter):
@@ -19,8 +20,11 @@ class DetrAdapter(FamilyAdapter):
     classification = "softmax"
     position_argument = "object_queries_position_embeddings"
     mask_argument = "attention_mask"
-    learned_content = False
     boxes_to_queries = False
+
+    @property
+    def learned_content(self) -> bool:
+        return False
 
     def heads(self, call: DecoderCall, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.normed_states(call, part)
@@ -42,8 +46,8 @@ class DetrAdapter(FamilyAdapter):
         layerdrop = self.model.config.decoder_layerdrop
         if self.model.training and layerdrop > 0:
             raise ValueError(
-                f"`decoder_layerdrop` is {layerdrop}: a training step may skip decoder layers, and those of a view would "
-                "lose their place. Set it to 0."
+                f"`decoder_layerdrop` is {layerdrop}: a training step may skip decoder layers, and the layers of views "
+                "would lose their place. Set it to 0."
             )
 
 
@@ -51,7 +55,7 @@ class TableTransformerAdapter(DetrAdapter):
     """Table Transformer: DETR with the norm before each block."""
 
     position_argument = "query_position_embeddings"
-    returns_attentions = True
+    always_eager = True
 
     @property
     def feature_module(self) -> nn.Module:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .base import DecoderCall, FamilyAdapter
+from .base import FamilyAdapter
+from .capture import DecoderCall
 
 
 class LwDetrAdapter(FamilyAdapter):
@@ -29,10 +31,9 @@ class LwDetrAdapter(FamilyAdapter):
         reference = self._head_input(call.arguments["reference_points"][:, part]).expand(len(hidden), -1, -1, -1)
         return hidden, self.model.class_embed(hidden), refine_bboxes(reference, self.model.bbox_embed(hidden))
 
-    def training_flags(self, replaying: bool):
-        if replaying:  # in training the self-attention cuts its queries into groups
-            for layer in self.decoder.layers:
-                yield layer.self_attn, False
+    def training_flags(self, replaying: bool) -> Iterable[tuple[nn.Module, bool]]:
+        # In training a self-attention cuts its queries into groups; a replay brings one group
+        return [(layer.self_attn, False) for layer in self.decoder.layers] if replaying else ()
 
 
 class RfDetrAdapter(LwDetrAdapter):

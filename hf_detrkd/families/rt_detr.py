@@ -6,10 +6,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..view import DetrView, Queries
-from .base import DecoderCall, FamilyAdapter
+from .base import FamilyAdapter
+from .capture import DecoderCall
 
 
 class RTDetrAdapter(FamilyAdapter):
@@ -41,25 +42,25 @@ class RTDetrAdapter(FamilyAdapter):
 
 
 class RTDetrV2Adapter(RTDetrAdapter):
-    """RT-DETRv2: sampling is a function without a module of its own, so locations are read off its inputs."""
+    """RT-DETRv2. It samples in a function, not in a module, so locations are computed from what hooks can see."""
 
-    def sampling(self, stack: ExitStack, call: DecoderCall) -> None:
+    def keep_locations(self, stack: ExitStack, call: DecoderCall) -> None:
+        offsets = []
+
+        def keep_offsets(module, args, output):
+            offsets.append(output)
+
+        def keep(attention, args, kwargs, output):
+            # Deformable DETR (arXiv 2010.04159), A.3: offsets are in units of the reference box
+            scale = self.points_scale(attention)[:, None] * attention.offset_scale
+            reference = kwargs["reference_points"][:, :, None]
+            offset = offsets.pop().unflatten(-1, (attention.n_heads, len(scale), 2))
+            call.locations.append(reference[..., :2] + offset * scale * reference[..., 2:])
+
         for layer in self.decoder.layers:
-            attention = layer.encoder_attn
-            references = []
+            stack.callback(layer.encoder_attn.sampling_offsets.register_forward_hook(keep_offsets).remove)
+            stack.callback(layer.encoder_attn.register_forward_hook(keep, with_kwargs=True).remove)
 
-            def keep_reference(module, args, kwargs, references=references):
-                references.append(kwargs["reference_points"])
-
-            def keep_locations(module, args, offsets, attention=attention, references=references):
-                scale = self.points_scale(attention)[:, None] * attention.offset_scale
-                reference = references[-1][:, :, None]
-                offsets = offsets.view(*offsets.shape[:2], attention.n_heads, len(scale), 2)
-                call.locations.append(reference[..., :2] + offsets * scale * reference[..., 2:])
-
-            stack.callback(attention.register_forward_pre_hook(keep_reference, with_kwargs=True).remove)
-            stack.callback(attention.sampling_offsets.register_forward_hook(keep_locations).remove)
-
-    def points_scale(self, attention) -> Tensor:
-        """(P,) one over the number of points on the level of each point."""
+    def points_scale(self, attention: nn.Module) -> Tensor:
+        """(P,) for each point one over the number of points on its level."""
         return attention.n_points_scale

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.loss.loss_d_fine import DFineLoss
 from transformers.loss.loss_for_object_detection import ImageLoss
 from transformers.loss.loss_rt_detr import RTDetrLoss
 
@@ -31,7 +32,8 @@ class TaskLoss:
     def matching(self) -> tuple[Match, ...] | None:
         """The matching with the targets that the loss used, for the model's own queries.
 
-        One match per decoder layer that was supervised, in the order of the layers: all, or the last alone.
+        One match per decoder layer where every layer is supervised, else the last layer's alone; also the last alone
+        for the D-FINE line, whose loss supervises a head before the first layer in place of the last layer but one.
         None where there was no loss, or where it matched other queries than the model's own: the groups of Group DETR
         and, in older transformers (5.17), the denoising queries of the RT-DETR line.
         """
@@ -67,7 +69,7 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
                 # The loss of Group DETR also trains the groups that are no part of the view.
                 every_query = logits.shape[1] != adapter.num_queries
                 outputs_class, outputs_coord = adapter.layer_predictions(every_query)
-        with _matched_at_once(task, adapter.num_queries, adapter.num_layers):
+        with _matched_at_once(task, adapter.num_queries):
             return original(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, *args, **kw)
 
     model.loss_function = loss_function
@@ -92,7 +94,7 @@ class _Precomputed(nn.Module):
 
 
 @contextmanager
-def _matched_at_once(task: TaskLoss, num_queries: int, num_layers: int) -> Iterator[None]:
+def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
     """While it runs, every criterion of transformers finds its matchings computed.
 
     transformers builds criterion and matcher anew inside each loss function, so that a hook for all modules is the one
@@ -113,12 +115,13 @@ def _matched_at_once(task: TaskLoss, num_queries: int, num_layers: int) -> Itera
         replaced.append((criterion, criterion.matcher))
         criterion.matcher = _Precomputed(pairs)
 
-        # The auxiliary outputs of the RT-DETR line end with the encoder's, and D-FINE's begin with those of a head
-        # before the first layer: of what is left, the last ones are the decoder's.
-        layers = pairs[1:-1] if isinstance(criterion, RTDetrLoss) else pairs[1:]
-        layers = [*layers[max(0, len(layers) - num_layers + 1) :], pairs[0]]
+        auxiliary = pairs[1:]
+        if isinstance(criterion, DFineLoss):
+            auxiliary = []
+        elif isinstance(criterion, RTDetrLoss):
+            auxiliary = auxiliary[:-1]  # the last is the encoder's
         if all(layer.shape[1] == num_queries for layer in logits):
-            task._pairs, task._device = layers, logits[0].device
+            task._pairs, task._device = [*auxiliary, pairs[0]], logits[0].device
 
     hook = register_module_forward_pre_hook(before)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from ..families import FamilyAdapter
@@ -31,7 +32,9 @@ def build_methods(
     """
     for name in names:
         if name not in METHODS:
-            raise ValueError(f"`method` is {name!r}; known methods are none, {', '.join(METHODS)}.")
+            near = get_close_matches(name, METHODS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"`method` is {name!r}; known methods are none, {', '.join(METHODS)}.{hint}")
     settings = settings or {}
     if len(names) == 1:
         settings = {names[0]: settings}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -72,18 +73,38 @@ class DistillationMethod(nn.Module):
 
 
 def configure(config_class: type, given: Mapping[str, Any] | None):
-    """A method's config from a user's settings: unknown keys are refused, weights are merged into the defaults."""
+    """A method's config from a user's settings, with its weights merged into the default ones.
+
+    Raises:
+        ValueError: an unknown key or term, a value of another type than the default's, or a negative weight.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"`method_config` must hold a dict of the settings of {config_class.__name__}, got {given!r}.")
     given = dict(given or {})
     known = [f.name for f in fields(config_class)]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"`method_config` has unknown keys {unknown}; {config_class.__name__} knows {known}.")
+    config = config_class()
+    for name, value in given.items():
+        _check_type(name, value, getattr(config, name))
     weights = given.pop("weights", {})
-    config = config_class(**given)
     unknown = sorted(set(weights) - set(config.weights))
     if unknown:
         raise ValueError(f"`weights` names unknown terms {unknown}; the terms are {sorted(config.weights)}.")
-    return replace(config, weights={**config.weights, **{name: float(value) for name, value in weights.items()}})
+    for name, value in weights.items():
+        _check_type(f"weights.{name}", value, 0.0)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"`weights` has {value} for `{name}`; a weight must be 0 or more, and 0 leaves the term out.")
+    return replace(config, **given, weights={**config.weights, **{name: float(value) for name, value in weights.items()}})
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Refuses a setting of another type than its default; an integer will do for a float."""
+    expected = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool)):
+        wanted = "number" if isinstance(default, float) else type(default).__name__
+        raise ValueError(f"`{name}` of `method_config` is {value!r}; it must be a {wanted} such as {default!r}.")
 
 
 def check_choice(config, **allowed: Sequence[str]) -> None:
@@ -93,3 +114,13 @@ def check_choice(config, **allowed: Sequence[str]) -> None:
             raise ValueError(
                 f"`{name}` of {type(config).__name__} is {getattr(config, name)!r}; allowed are {', '.join(map(repr, values))}."
             )
+
+
+def check_class_loss(name: str, config, student: FamilyAdapter) -> None:
+    """Refuses class settings that can't teach: a temperature of 0, or a softmax over the one class of a sigmoid head."""
+    if not 0 < config.temperature < math.inf:
+        raise ValueError(f"`temperature` of {name} is {config.temperature}; it must be above 0.")
+    if config.class_loss == "softmax" and student.classification == "sigmoid" and student.num_classes == 1:
+        raise ValueError(
+            f"`class_loss='softmax'` of {name} is constant with a single class. Use class_loss='bernoulli'."
+        )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
+from torch import nn
 
 from ..losses.boxes import giou, l1
 from ..losses.logits import class_kl
 from ..matching import pair_layers
 from ..projectors import QueryProjector
 from ..sampling import random_queries, teacher_queries
-from .base import DistillationMethod, Paper, check_choice
+from .base import DistillationMethod, Paper, check_choice, check_class_loss
 
 
 def _weights() -> dict[str, float]:
@@ -54,8 +54,6 @@ class KDDetrConfig:
             general_distribution=("uniform", "logit_normal"),
             content=("project", "own"),
         )
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` is {self.temperature}; it must be above 0.")
         if self.general_points < 1:
             raise ValueError(
                 f"`general_points` is {self.general_points}; it must be 1 or more. To leave the general points out, "
@@ -108,33 +106,30 @@ class KDDetr(DistillationMethod):
                 "method `kd_detr` needs a teacher whose decoder can be replayed for its general points, and "
                 f"`{teacher.model.config.model_type}` can't. Set the weights of the general terms to 0."
             )
-        if config.class_loss == "softmax" and student.num_classes == 1 and student.classification == "sigmoid":
-            raise ValueError(
-                "`class_loss='softmax'` of kd_detr is constant with a single class. Use class_loss='bernoulli'."
-            )
+        if not self.groups:
+            raise ValueError("all `weights` of kd_detr are 0, so there is nothing to distil. Use method none.")
+        check_class_loss(self.name, config, student)
         bernoulli = config.class_loss == "bernoulli" and student.classification == "sigmoid"
         self.temperature = 1.0 if bernoulli else config.temperature
         last = teacher.num_layers - 1
         paired = pair_layers(student.num_layers, teacher.num_layers)
         self.teacher_layers = paired if config.layers == "paired" else (last,) * student.num_layers
-        self.specific = QueryProjector(student, teacher, content=config.content == "project")
-        self.general = QueryProjector(student, teacher, content=False)
+        # Only what is trained: a parameter without a gradient stops DDP
+        contents = {"specific": config.content == "project", "general": False}
+        self.projectors = nn.ModuleDict({g: QueryProjector(student, teacher, contents[g]) for g in self.groups})
 
     def forward(self, student, teacher, targets, generator):
-        points, answers = [], []
+        points = []
         if "specific" in self.groups:
-            points.append(teacher_queries(student, teacher, self.specific))
-            answers.append(teacher)
+            points.append(teacher_queries(student, teacher, self.projectors["specific"]))
         if "general" in self.groups:
-            number, distribution = self.config.general_points, self.config.general_distribution
-            points.append(random_queries(student, teacher, self.general, number, generator, distribution))
-            with torch.no_grad():
-                answers.append(teacher.replay(points[-1].teacher))
-        replayed = student.replay(*(p.student for p in points))
-        replayed = replayed if len(points) > 1 else (replayed,)
+            settings = self.config.general_points, generator, self.config.general_distribution
+            points.append(random_queries(student, teacher, self.projectors["general"], *settings))
+        replies = student.replay(*(p.student for p in points))
+        replies = replies if len(points) > 1 else (replies,)
 
         terms = {name: student.boxes.new_zeros(()) for name in self.config.weights}
-        for group, answer, reply in zip(self.groups, answers, replayed, strict=True):
+        for group, answer, reply in zip(self.groups, (p.answers for p in points), replies, strict=True):
             foreground = answer.class_probs().amax(-1)
             if group == "general":
                 foreground = foreground.clamp(min=self.config.general_weight_floor)

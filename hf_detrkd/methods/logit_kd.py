@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from ..losses.boxes import giou, l1
 from ..losses.logits import class_kl
 from ..matching import HungarianMatcher, pair_layers
-from .base import DistillationMethod, check_choice
+from .base import DistillationMethod, check_choice, check_class_loss
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class LogitKD(DistillationMethod):
 
     def __init__(self, config, student, teacher):
         super().__init__(config, student, teacher)
+        check_class_loss(self.name, config, student)
         self.matcher = HungarianMatcher()
         layers = pair_layers(student.num_layers, teacher.num_layers)
         self.teacher_layers = layers[-1:] if config.layers == "last" else layers

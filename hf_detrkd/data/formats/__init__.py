@@ -32,12 +32,13 @@ def load_detection_dataset(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> datasets.DatasetDict:
-    """A detection data set in one schema, with the splits it has among train, validation, test (others keep their name).
+    """A detection data set in one schema, with the splits it has among train, validation, test (others keep their
+    name).
 
     Args:
         path_or_name: a folder (COCO json, YOLO with its data.yaml or the yaml itself, Pascal VOC, imagefolder with
-            metadata.jsonl, or anything `datasets` saved or can load), a data set on the Hub, or the built-in ``shapes``, with
-            settings as in ``shapes:train=1600,size=128`` (`ShapesConfig`).
+            metadata.jsonl, or anything `datasets` saved or can load), a data set on the Hub, or the built-in
+            ``shapes``, with settings as in ``shapes:train=1600,size=128`` (`ShapesConfig`).
         config_name: the configuration of a `datasets` set that has several.
         format: one of ``coco``, ``yolo``, ``voc``, ``imagefolder``, ``datasets``; ``auto`` looks at the folder.
         bbox_format: what the four numbers of a box are; None takes the format's own (COCO xywh in pixels for coco,
@@ -47,8 +48,8 @@ def load_detection_dataset(
 
     Returns:
         Every split with image (`datasets.Image`), image_id, width, height, objects {id, bbox (xywh, pixels), category
-        (`ClassLabel`), area, iscrowd}, one list of classes for all. Values are as the source has them: `check_dataset` says
-        what is wrong with them.
+        (`ClassLabel`), area, iscrowd}, one list of classes for all. Values are as the source has them: `check_dataset`
+        says what is wrong with them.
 
     Raises:
         ValueError: an unknown format or box format, a folder that is in none, columns that are not detection's.
@@ -62,7 +63,11 @@ def load_detection_dataset(
     if name.partition(":")[0] == SHAPES and not Path(name).exists():
         folder, format = generate_shapes(name, cache_dir), "imagefolder"
     else:
-        folder = Path(name).expanduser()
+        folder = Path(name).expanduser().absolute()
+        if name.startswith((".", "/", "~")) and not folder.exists():
+            raise ValueError(
+                f"There is no folder `{folder}`. Give one that exists, or the id of a data set on the Hub."
+            )
         format = detect_format(folder) if format == "auto" else format
     if format == "datasets":
         splits = _load_datasets(folder, name, config_name, cache_dir, revision, token)
@@ -91,10 +96,10 @@ def detect_format(folder: Path) -> str:
     if folder.is_dir() and any(next(folder.rglob(pattern), None) for pattern in data_files):
         return "datasets"
     raise ValueError(
-        f"`{folder}` is in none of the known formats. Known are: annotations/instances_<split>.json or "
-        "<split>/_annotations.coco.json (COCO), a data.yaml with names and train (YOLO), Annotations/ and JPEGImages/ (Pascal "
-        "VOC), metadata.jsonl beside the images (imagefolder), and what `datasets` saved or can load (parquet, ...). Give the "
-        f"folder that holds these, and `format`, one of {', '.join(FORMATS)}, to say which it is."
+        f"`{folder}` is in none of the known formats: annotations/instances_<split>.json or "
+        "<split>/_annotations.coco.json (COCO), a data.yaml with names and train (YOLO), Annotations/ and JPEGImages/ "
+        "(Pascal VOC), metadata.jsonl beside the images (imagefolder), or what `datasets` saved or can load (parquet, "
+        f"...). Give the folder that holds these, and `format`, one of {', '.join(FORMATS)}, to say which it is."
     )
 
 
@@ -109,11 +114,13 @@ def split_off_validation(
     if "validation" in splits:
         return splits
     if "train" not in splits:
-        raise ValueError(f"The data set has the splits {list(splits)}: there is no train to split a validation set off.")
+        raise ValueError(
+            f"The data set has the splits {list(splits)}: there is no train to split a validation set off."
+        )
     if not 0 < train_val_split < 1 or len(splits["train"]) < 2:
         raise ValueError(
-            f"`train_val_split` is {train_val_split} and train has {len(splits['train'])} images: a share between 0 and 1 of at "
-            "least two images is needed. Give the data set a validation split."
+            f"`train_val_split` is {train_val_split} and train has {len(splits['train'])} images: a share between 0 "
+            "and 1 of at least two images is needed. Give the data set a validation split."
         )
     parts = splits["train"].train_test_split(train_val_split, seed=seed)
     return datasets.DatasetDict({**splits, "train": parts["train"], "validation": parts["test"]})

@@ -1,4 +1,5 @@
-"""COCO json: ``annotations/instances_<split>.json`` with image folders, or Roboflow's ``<split>/_annotations.coco.json``."""
+"""COCO json: ``annotations/instances_<split>.json`` with image folders, or Roboflow's
+``<split>/_annotations.coco.json``."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from ..findings import Finding
 from ..images import read_header
 from ..schema import Row, objects_of, split_name
+from .columns import is_box
 
 ROBOFLOW = "_annotations.coco.json"
 
@@ -31,9 +33,12 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
 
 
 def _annotation_files(folder: Path) -> dict[str, Path]:
-    """Split -> annotation file. Beside the instances, official COCO has keypoints and captions, which are not detection."""
+    """Split -> annotation file. Beside the instances, official COCO has keypoints and captions, which are not
+    detection."""
     roboflow = {path.parent.name: path for path in sorted(folder.glob(f"*/{ROBOFLOW}"))}
-    instances = {path.stem.removeprefix("instances_"): path for path in sorted(folder.glob("annotations/instances_*.json"))}
+    instances = {
+        path.stem.removeprefix("instances_"): path for path in sorted(folder.glob("annotations/instances_*.json"))
+    }
     plain = {
         path.stem: path
         for path in sorted(folder.glob("annotations/*.json"))
@@ -50,7 +55,9 @@ def _load(path: Path, findings: list[Finding]) -> dict:
         content = {}
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            findings.append(Finding("a COCO json needs the lists images, annotations, categories", str(path), key, "missing"))
+            findings.append(
+                Finding("a COCO json needs the lists images, annotations, categories", str(path), key, "missing")
+            )
             return {"images": [], "annotations": [], "categories": []}
     return content
 
@@ -66,7 +73,9 @@ def _categories(files: dict[str, Path], contents: dict[str, dict], findings: lis
             number, name = category.get("id"), category.get("name")
             row = f"categories[{index}]"
             if not isinstance(number, int) or not isinstance(name, str):
-                findings.append(Finding("a category needs a whole-number id and a name", str(files[split]), row, category))
+                findings.append(
+                    Finding("a category needs a whole-number id and a name", str(files[split]), row, category)
+                )
             elif number in in_file:
                 findings.append(Finding("category id used twice", str(files[split]), row, category))
             elif names.setdefault(number, name) != name:
@@ -114,16 +123,23 @@ def _rows(
 ) -> list[Row]:
     known = {image.get("id") for image in content["images"]}
     annotations = defaultdict(list)
+    numbers: set[int] = set()
     for index, annotation in enumerate(content["annotations"]):
         row = f"annotations[{index}] (id {annotation.get('id')})"
-        box = annotation.get("bbox")
+        box, number = annotation.get("bbox"), annotation.get("id")
+        if number in numbers:
+            findings.append(Finding("annotation id used twice", str(path), row, number))
+        if number is not None:
+            numbers.add(number)
         if annotation.get("image_id") not in known:
-            findings.append(Finding("object of an image that is not listed", str(path), row, annotation.get("image_id")))
+            findings.append(
+                Finding("object of an image that is not listed", str(path), row, annotation.get("image_id"))
+            )
         elif annotation.get("category_id") not in position:
             advice = f"the categories are {sorted(position)}"
             problem = "object of an unknown class"
             findings.append(Finding(problem, str(path), row, annotation.get("category_id"), advice=advice))
-        elif not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+        elif not is_box(box):
             findings.append(Finding("a bbox needs four numbers", str(path), row, box))
         else:
             annotations[annotation["image_id"]].append(annotation)
@@ -147,7 +163,7 @@ def _rows(
             width,
             height,
             id=[annotation.get("id", number) for number, annotation in enumerate(own)],
-            area=[annotation.get("area") or annotation["bbox"][2] * annotation["bbox"][3] for annotation in own],
+            area=[annotation.get("area") for annotation in own],
             iscrowd=[int(annotation.get("iscrowd", 0)) for annotation in own],
         )
         rows.append(

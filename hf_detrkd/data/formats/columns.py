@@ -54,6 +54,41 @@ def listed(objects: dict | list) -> dict[str, list]:
     return {key: [item.get(key) for item in objects] for key in keys or ("bbox", "category")}
 
 
+def read_objects(
+    objects: dict[str, list], keys: dict[str, str], classes: ClassNames, file: str, row: str, findings: list[Finding]
+) -> dict[str, list] | None:
+    """One image's objects by the schema's names, ``category`` as places among the classes; None, and a finding, where
+    they can't be understood."""
+    parts = {part: objects.get(key) for part, key in keys.items()}
+    parts = {part: values or [] for part, values in parts.items() if values is not None or part in ("bbox", "category")}
+    lengths = {part: len(values) for part, values in parts.items()}
+    if len(set(lengths.values())) > 1:
+        findings.append(Finding("lists of unequal length in objects", file, row, lengths))
+        return None
+    for index, (box, value) in enumerate(zip(parts["bbox"], parts["category"], strict=True)):
+        if not is_box(box):
+            findings.append(Finding("a bbox needs four numbers", file, f"{row}, object {index}", box))
+            return None
+        if value not in classes.position:
+            advice = f"the classes are {list(classes.position)}"
+            findings.append(Finding("object of an unknown class", file, f"{row}, object {index}", value, advice=advice))
+            return None
+    return {**parts, "category": [classes.position[value] for value in parts["category"]]}
+
+
+def is_box(box: object) -> bool:
+    """Whether ``box`` is a list of four numbers."""
+    return isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
+
+
+def object_keys(available: Iterable[str]) -> dict[str, str | None]:
+    """Part of the schema's objects -> what this set calls it; boxes and classes are None where nothing fits."""
+    available = set(available)
+    keys = {"bbox": first_key(available, BOX_KEYS), "category": first_key(available, CATEGORY_KEYS)}
+    optional = {part: first_key(available, spellings) for part, spellings in OPTIONAL_KEYS.items()}
+    return keys | {part: key for part, key in optional.items() if key is not None}
+
+
 def to_schema(
     splits: dict[str, datasets.Dataset], box_format: str | None, findings: list[Finding]
 ) -> datasets.DatasetDict:
@@ -62,53 +97,48 @@ def to_schema(
     image_column = next((name for name, kind in first.features.items() if isinstance(kind, datasets.Image)), None)
     if image_column is None or "objects" not in first.features:
         raise ValueError(
-            f"The data set has the columns {list(first.features)}, but an image column and `objects` with boxes and "
-            "classes are needed, as in https://huggingface.co/datasets/cppe-5. Rename the columns, or save the set as COCO "
-            "json, YOLO, Pascal VOC or imagefolder with metadata.jsonl."
+            f"The data set has the columns {list(first.features)}, but an image column and `objects` with boxes "
+            "and classes are needed, as in https://huggingface.co/datasets/cppe-5. Rename the columns, or save the set "
+            "as COCO json, YOLO, Pascal VOC or imagefolder with metadata.jsonl."
         )
-    keys = _object_keys(first)
-    label = _label_feature(first.features["objects"], keys["category"])
+    inner = _inner(first.features["objects"])
+    keys = object_keys(inner)
+    if None in keys.values():
+        raise ValueError(
+            f"`objects` has {list(inner)}, but boxes (one of {BOX_KEYS}) and classes (one of {CATEGORY_KEYS}) are "
+            "needed: rename its parts."
+        )
+    label = inner[keys["category"]]
+    label = getattr(label, "feature", label)
     annotations = {}
     for name, split in splits.items():
         columns = [key for key in ("image_id", "width", "height", "objects") if key in split.features]
         annotations[name] = split.select_columns(columns)[:]
-        annotations[name]["objects"] = [listed(objects) for objects in annotations[name]["objects"]]
-    if label is not None:
+        annotations[name]["objects"] = [listed(objects or {}) for objects in annotations[name]["objects"]]
+    if isinstance(label, datasets.ClassLabel):
         classes = ClassNames.declared(dict(enumerate(label.names)))
     else:
         columns_of_objects = (objects for split in annotations.values() for objects in split["objects"])
-        classes = ClassNames.seen(value for objects in columns_of_objects for value in objects.get(keys["category"]) or ())
+        classes = ClassNames.seen(
+            value for objects in columns_of_objects for value in objects.get(keys["category"]) or ()
+        )
     result = datasets.DatasetDict()
     for name, split in splits.items():
-        columns = _split_columns(name, split, image_column, annotations[name], keys, classes, box_format or "xywh", findings)
+        columns = _split_columns(
+            name, split, image_column, annotations[name], keys, classes, box_format or "xywh", findings
+        )
         features = detection_features(classes.names)
-        image = split.select_columns([image_column]).rename_column(image_column, "image")
+        image = split.select_columns([image_column])
+        image = image if image_column == "image" else image.rename_column(image_column, "image")
         others = datasets.Dataset.from_dict(columns, features=features.__class__({k: features[k] for k in columns}))
         result[split_name(name)] = datasets.concatenate_datasets([image, others], axis=1)
     return result
 
 
-def _object_keys(split: datasets.Dataset) -> dict[str, str]:
-    """Part of the schema's objects -> what this set calls it."""
-    feature = split.features["objects"]
-    inner = getattr(feature, "feature", feature)
-    inner = inner[0] if isinstance(inner, list) else inner
-    available = list(inner)
-    keys = {"bbox": first_key(available, BOX_KEYS), "category": first_key(available, CATEGORY_KEYS)}
-    if None in keys.values():
-        raise ValueError(
-            f"`objects` has {available}, but boxes (one of {BOX_KEYS}) and classes (one of {CATEGORY_KEYS}) are needed: "
-            "rename its parts."
-        )
-    keys |= {part: first_key(available, spellings) for part, spellings in OPTIONAL_KEYS.items()}
-    return {part: key for part, key in keys.items() if key is not None}
-
-
-def _label_feature(objects, key: str) -> datasets.ClassLabel | None:
-    inner = getattr(objects, "feature", objects)
-    inner = inner[0] if isinstance(inner, list) else inner
-    label = getattr(inner[key], "feature", inner[key])
-    return label if isinstance(label, datasets.ClassLabel) else None
+def _inner(objects) -> dict:
+    """The parts of ``objects``, whether its feature is a dict of lists or a list of dicts."""
+    inner = objects[0] if isinstance(objects, list) else objects
+    return getattr(inner, "feature", inner)
 
 
 def _split_columns(
@@ -131,17 +161,13 @@ def _split_columns(
             try:
                 width, height = read_header(source).upright
             except (OSError, TypeError) as error:
-                findings.append(Finding("missing or unreadable image", name_of(source or {}), f"{name} row {index}", error))
+                findings.append(
+                    Finding("missing or unreadable image", name_of(source or {}), f"{name} row {index}", error)
+                )
                 width = height = 1
-        parts = {part: objects.get(key) or [] for part, key in keys.items()}
-        unknown = [value for value in parts["category"] if value not in classes.position]
-        if unknown:
-            advice = f"the classes are {list(classes.position)}"
-            findings.append(Finding("object of an unknown class", name, f"row {index}", unknown[0], advice=advice))
-            parts = {part: [] for part in parts}
-        category = [classes.position[value] for value in parts.pop("category")]
+        parts = read_objects(objects, keys, classes, name, f"row {index}", findings) or {"bbox": [], "category": []}
         columns["width"].append(width)
         columns["height"].append(height)
-        columns["objects"].append(objects_of(parts.pop("bbox"), category, box_format, width, height, **parts))
+        columns["objects"].append(objects_of(**parts, box_format=box_format, width=width, height=height))
     columns["image_id"] = whole_ids(annotations.get("image_id") or [None] * len(split))
     return columns

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..findings import Finding
 from ..images import read_header
 from ..schema import Row, objects_of, split_name
-from .columns import BOX_KEYS, CATEGORY_KEYS, ClassNames, first_key, listed
+from .columns import BOX_KEYS, CATEGORY_KEYS, ClassNames, listed, object_keys, read_objects
 
 METADATA = "metadata.jsonl"
-NAMES = ("categories.json", "../categories.json", "../annotations/categories.json")
+NAMES = ("categories.json", "annotations/categories.json", "../categories.json", "../annotations/categories.json")
 """Where the class names may stand, seen from the folder: an imagefolder itself has no place for them."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a metadata file."""
+
+    path: Path
+    number: int
+    """Counted from 1."""
+    record: dict
+    objects: dict[str, list]
+    keys: dict[str, str]
+    """Part of the schema's objects -> what the line calls it."""
+
+    @property
+    def labels(self) -> list[int | str]:
+        """The classes of its objects."""
+        return self.objects.get(self.keys["category"]) or []
 
 
 def finds(folder: Path) -> bool:
@@ -22,29 +41,32 @@ def finds(folder: Path) -> bool:
 def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple[list[str], dict[str, list[Row]]]:
     """Class names and rows of every split. ``objects.category`` holds names, or ids into ``categories.json``."""
     lines = {split: _lines(path, findings) for split, path in _metadata_files(folder).items()}
-    records = [record for split_lines in lines.values() for _, _, record in split_lines]
     declared = _named_classes(folder)
     if declared is None:
-        classes = ClassNames.seen(value for record in records for value in record["objects"]["category"])
+        classes = ClassNames.seen(
+            value for split_lines in lines.values() for line in split_lines for value in line.labels
+        )
     else:
         classes = ClassNames.declared(declared)
     rows: dict[str, list[Row]] = {}
     for split, split_lines in lines.items():
         rows[split] = []
-        for path, number, record in split_lines:
-            row = _row(path, number, record, classes, box_format or "xywh", findings)
+        for line in split_lines:
+            row = _row(line, classes, box_format or "xywh", findings)
             if row is not None:
                 rows[split].append(row)
     return list(classes.names), rows
 
 
 def _metadata_files(folder: Path) -> dict[str, Path]:
-    split_files = {split_name(path.parent.name): path for path in sorted(folder.glob(f"*/{METADATA}"))}
+    files = sorted(folder.glob(f"*/{METADATA}")) or sorted(folder.glob(f"images/*/{METADATA}"))
+    split_files = {split_name(path.parent.name): path for path in files}
     return split_files or ({"train": folder / METADATA} if (folder / METADATA).is_file() else {})
 
 
 def _named_classes(folder: Path) -> dict[int, str] | None:
-    """Class id -> name from a list of names, ``{"id2name": {...}}`` or ``{id: name}``; None where there is no such file."""
+    """Class id -> name from a list of names, ``{"id2name": {...}}`` or ``{id: name}``; None where there is no such
+    file."""
     for place in NAMES:
         path = folder / place
         if path.is_file():
@@ -55,8 +77,8 @@ def _named_classes(folder: Path) -> dict[int, str] | None:
     return None
 
 
-def _lines(path: Path, findings: list[Finding]) -> list[tuple[Path, int, dict]]:
-    """(file, line number, record) of every line that has what an image needs."""
+def _lines(path: Path, findings: list[Finding]) -> list[Line]:
+    """Every line that has what an image needs."""
     good = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -70,49 +92,33 @@ def _lines(path: Path, findings: list[Finding]) -> list[tuple[Path, int, dict]]:
         if not isinstance(record.get("file_name"), str):
             findings.append(Finding("no file_name", str(path), row, record.get("file_name")))
             continue
-        objects = listed(record.get("objects") or {"bbox": [], "category": []})
-        boxes, categories = first_key(objects, BOX_KEYS), first_key(objects, CATEGORY_KEYS)
-        if boxes is None or categories is None:
+        objects = listed(record.get("objects") or {})
+        keys = object_keys(objects) if objects else {"bbox": "bbox", "category": "category"}
+        if None in keys.values():
             advice = f"needed: one of {BOX_KEYS} and one of {CATEGORY_KEYS}"
             findings.append(Finding("objects without boxes or classes", str(path), row, sorted(objects), advice=advice))
             continue
-        lengths = {key: len(value) for key, value in objects.items() if isinstance(value, list)}
-        if len(set(lengths.values())) > 1:
-            findings.append(Finding("lists of unequal length in objects", str(path), row, lengths))
-            continue
-        objects = {**objects, "bbox": objects[boxes], "category": objects[categories]}
-        good.append((path, number, {**record, "objects": objects}))
+        good.append(Line(path, number, record, objects, keys))
     return good
 
 
-def _row(
-    path: Path, number: int, record: dict, classes: ClassNames, box_format: str, findings: list[Finding]
-) -> Row | None:
-    file, objects = path.parent / record["file_name"], record["objects"]
+def _row(line: Line, classes: ClassNames, box_format: str, findings: list[Finding]) -> Row | None:
+    file, where, record = line.path.parent / line.record["file_name"], f"line {line.number}", line.record
     width, height = record.get("width"), record.get("height")
     if not width or not height:
         try:
             width, height = read_header(str(file)).upright
         except OSError:
-            findings.append(Finding("missing or unreadable image", str(path), f"line {number}", record["file_name"]))
+            findings.append(Finding("missing or unreadable image", str(line.path), where, record["file_name"]))
             return None
-    category = []
-    for index, value in enumerate(objects["category"]):
-        if value not in classes.position:
-            advice = f"the classes are {list(classes.position)}"
-            row = f"line {number}, object {index}"
-            findings.append(Finding("object of an unknown class", str(path), row, value, advice=advice))
-            return None
-        category.append(classes.position[value])
-    for index, box in enumerate(objects["bbox"]):
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-            findings.append(Finding("a bbox needs four numbers", str(path), f"line {number}, object {index}", box))
-            return None
-    parts = {key: objects[key] for key in ("id", "area", "iscrowd") if key in objects}
+    parts = read_objects(line.objects, line.keys, classes, str(line.path), where, findings)
+    if parts is None:
+        return None
+    objects = objects_of(**parts, box_format=box_format, width=width, height=height)
     return {
         "image": str(file),
         "image_id": record.get("image_id"),
         "width": width,
         "height": height,
-        "objects": objects_of(objects["bbox"], category, box_format, width, height, **parts),
+        "objects": objects,
     }

@@ -18,8 +18,9 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
     """Class names, sorted, or those of a ``labels.txt``, and rows of every split.
 
     Boxes are corners in pixels. The VOC challenge itself counts pixels from 1 and includes the last one, so its files
-    (``<database>`` names VOC) have 1 taken off the left and the top; labelImg and others write plain corners. Objects marked
-    ``difficult`` become crowds: out of training, and neither right nor wrong in evaluation, as in VOC's own protocol.
+    (``<database>`` names VOC) have 1 taken off the left and the top; labelImg and others write plain corners. Objects
+    marked ``difficult`` become crowds: out of training, and neither right nor wrong in evaluation, as in VOC's own
+    protocol.
     """
     members = _members(folder)
     parsed = {split: [_parse(folder, name, findings) for name in names] for split, names in members.items()}
@@ -67,7 +68,9 @@ def _parse(folder: Path, name: str, findings: list[Finding]) -> dict | None:
         try:
             corners = [float(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
         except (TypeError, ValueError):
-            findings.append(Finding("a bndbox needs xmin, ymin, xmax, ymax", str(path), f"object {index}", item.findtext("name")))
+            findings.append(
+                Finding("a bndbox needs xmin, ymin, xmax, ymax", str(path), f"object {index}", item.findtext("name"))
+            )
             continue
         if from_one:
             corners[0] -= 1

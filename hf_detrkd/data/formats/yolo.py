@@ -19,14 +19,16 @@ def finds(folder: Path) -> bool:
 
 
 def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple[list[str], dict[str, list[Row]]]:
-    """Class names and rows of every split. A line is ``class cx cy w h``, normalised, or a polygon, whose box is taken; an
-    image without a label file has no objects."""
+    """Class names and rows of every split. A line is ``class cx cy w h``, normalised, or a polygon, whose box is
+    taken; an image without a label file has no objects."""
     path = _settings_file(folder)
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = settings["names"]
     names = dict(enumerate(names)) if isinstance(names, list) else {int(key): name for key, name in names.items()}
     if settings.get("nc", len(names)) != len(names):
-        findings.append(Finding("nc is not the number of names", str(path), "nc", settings["nc"], advice=f"{len(names)} names"))
+        findings.append(
+            Finding("nc is not the number of names", str(path), "nc", settings["nc"], advice=f"{len(names)} names")
+        )
     names = {number: str(names[number]) for number in sorted(names)}
     position = {number: index for index, number in enumerate(names)}
     rows: dict[str, list[Row]] = {}
@@ -100,7 +102,9 @@ def _row(image: Path, position: dict[int, int], box_format: str, findings: list[
             continue
         if label not in position:
             advice = f"the classes are {list(position)}"
-            findings.append(Finding("object of an unknown class", str(label_file), f"line {number}", line, advice=advice))
+            findings.append(
+                Finding("object of an unknown class", str(label_file), f"line {number}", line, advice=advice)
+            )
         elif len(values) == 4:
             boxes.append(values)
             category.append(position[int(label)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,15 +91,15 @@ class CocoEvaluator:
         detections = _stack([self._images[image][0] for image in images], 6)
         references = _stack([self._images[image][1] for image in images], 7)
         labels = [int(label) for label in np.unique(references[:, 1])] if self.class_names is None else self.class_names
+        # IoU thresholds, recall thresholds, classes, areas, numbers of detections; -1 as pycocotools fills them.
+        precision = np.full((10, 101, len(labels), len(AREAS), 3), -1.0)
+        recall = np.full((10, len(labels), len(AREAS), 3), -1.0)
         # COCO never compares classes, so they are taken one by one, each with the images it occurs in: the same
-        # numbers, faster, and the backend's dictionaries exist for one class at a time.
-        tables = [
-            self._tables(detections[detections[:, 1] == label], references[references[:, 1] == label])
-            for label in labels
-        ]
-        # (T, R, K, A, M) and (T, K, A, M): IoU thresholds, recall thresholds, classes, areas, numbers of detections.
-        precision = np.stack([table[0] for table in tables], axis=2) if tables else np.full((10, 101, 0, 4, 3), -1.0)
-        recall = np.stack([table[1] for table in tables], axis=1) if tables else np.full((10, 0, 4, 3), -1.0)
+        # numbers, and the backend's dictionaries exist for one class at a time.
+        for k, label in enumerate(labels):
+            wanted = references[references[:, 1] == label]
+            if len(wanted):
+                precision[:, :, k], recall[:, k] = self._tables(detections[detections[:, 1] == label], wanted)
 
         names = [str(label) if self.class_names is None else self.class_names[label] for label in labels]
         metrics = {"map": _mean(precision[..., 0, 2])}
@@ -113,14 +113,14 @@ class CocoEvaluator:
     def _prediction(self, image_id: Hashable, prediction: Mapping[str, Any]) -> np.ndarray:
         """(n, 6): label, score, x1, y1, x2, y2."""
         where = f"the prediction of image {image_id!r}"
-        boxes, labels = self._boxes_and_labels(where, prediction)
-        scores = _column(where, prediction, "scores", len(boxes))
+        labels, boxes = self._labels_and_boxes(where, prediction)
+        scores = _array(where, prediction, "scores", (len(boxes),))
         return np.concatenate([labels[:, None], scores[:, None], boxes], axis=1)
 
     def _reference(self, image_id: Hashable, reference: Mapping[str, Any]) -> np.ndarray:
         """(m, 7): label, x1, y1, x2, y2, area, iscrowd."""
         where = f"the reference of image {image_id!r}"
-        boxes, labels = self._boxes_and_labels(where, reference)
+        labels, boxes = self._labels_and_boxes(where, reference)
         sizes = boxes[:, 2:] - boxes[:, :2]
         if (sizes < 0).any():
             row = int(np.argwhere(sizes < 0)[0, 0])
@@ -128,33 +128,29 @@ class CocoEvaluator:
                 f"{where} has the box {boxes[row].tolist()} in row {row}, which ends before it begins. Boxes are "
                 "x1, y1, x2, y2 in pixels; COCO files hold x, y, width, height."
             )
-        area = _column(where, reference, "area", len(boxes), default=lambda: sizes.prod(axis=1))
-        crowd = _column(where, reference, "iscrowd", len(boxes), default=lambda: np.zeros(len(boxes)))
+        defaults = {"area": sizes.prod(axis=1), "iscrowd": np.zeros(len(boxes))}
+        given = {key: value for key, value in reference.items() if value is not None}
+        area, crowd = (_array(where, defaults | given, key, (len(boxes),)) for key in defaults)
         if not np.isin(crowd, (0, 1)).all():
             raise ValueError(f"{where} has `iscrowd` {crowd.tolist()}; each must be 0 or 1.")
         return np.concatenate([labels[:, None], boxes, area[:, None], crowd[:, None]], axis=1)
 
-    def _boxes_and_labels(self, where: str, values: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        labels = _column(where, values, "labels")
-        boxes = _array(where, values, "boxes")
-        boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
-        if boxes.shape != (len(labels), 4):
-            raise ValueError(f"{where} has `boxes` of shape {boxes.shape} for {len(labels)} labels; (n, 4) is needed.")
-        known = labels >= 0 if self.class_names is None else np.isin(labels, list(self.class_names))
-        if not known.all() or (labels % 1 != 0).any():
+    def _labels_and_boxes(self, where: str, values: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        labels = _array(where, values, "labels", (None,))
+        wrong = labels < 0 if self.class_names is None else ~np.isin(labels, list(self.class_names))
+        wrong |= labels % 1 != 0
+        if wrong.any():
             classes = "whole numbers from 0" if self.class_names is None else f"labels {sorted(self.class_names)}"
-            raise ValueError(f"{where} has the label {labels[~known | (labels % 1 != 0)][0]:g}; known are {classes}.")
-        return boxes, labels
+            raise ValueError(f"{where} has the label {labels[wrong][0]:g}; known are {classes}.")
+        return labels, _array(where, values, "boxes", (len(labels), 4))
 
     def _tables(self, detections: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """COCO's precision (T, R, A, M) and recall (T, A, M) of one class; -1 where there is nothing to find."""
-        if len(references) == 0:
-            return np.full((10, 101, 4, 3), -1.0), np.full((10, 4, 3), -1.0)
-        rows = [(image, score, box, _area(box), 0) for image, _, score, *box in detections.tolist()]
-        found = [_annotation(number, *row) for number, row in enumerate(rows, start=1)]
-        rows = [(image, 1.0, box, area, crowd) for image, _, *box, area, crowd in references.tolist()]
-        wanted = [_annotation(number, *row) for number, row in enumerate(rows, start=1)]
-        images = [{"id": image} for image in sorted({row["image_id"] for row in found + wanted})]
+        """COCO's precision (10, 101, 4, 3) and recall (10, 4, 3) of one class."""
+        found = _annotations(detections[:, 0], detections[:, 3:], score=detections[:, 2])
+        wanted = _annotations(
+            references[:, 0], references[:, 2:6], area=references[:, 6], iscrowd=references[:, 7].astype(int)
+        )
+        images = np.union1d(detections[:, 0], references[:, 0])
         # The backends print their progress; a run's output is the caller's.
         with contextlib.redirect_stdout(io.StringIO()):
             coco_eval = self._coco_eval(self._dataset(images, wanted), self._dataset(images, found), "bbox")
@@ -162,9 +158,14 @@ class CocoEvaluator:
             coco_eval.accumulate()
         return coco_eval.eval["precision"][:, :, 0], coco_eval.eval["recall"][:, 0]
 
-    def _dataset(self, images: list[dict], annotations: list[dict]):
+    def _dataset(self, images: np.ndarray, annotations: list[dict]):
+        """A `COCO` object of one class, made without a file."""
         dataset = self._coco()
-        dataset.dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "1"}]}
+        dataset.dataset = {
+            "images": [{"id": int(image)} for image in images],
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "the class at hand"}],
+        }
         dataset.createIndex()
         return dataset
 
@@ -206,31 +207,20 @@ def _names_by_label(class_names: Sequence[str] | Mapping[int, str]) -> dict[int,
     return names
 
 
-def _array(where: str, values: Mapping[str, Any], key: str) -> np.ndarray:
+def _array(where: str, values: Mapping[str, Any], key: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """``values[key]`` as finite numbers of a shape; None in ``shape`` is any length."""
     if key not in values:
         raise ValueError(f"{where} has no `{key}`, only {sorted(values)}.")
     try:
         array = np.asarray(values[key], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} has `{key}` that are not an array of numbers: {error}") from error
+    if array.size == 0 and 0 in shape:
+        array = array.reshape(shape)  # an empty list has no second axis
+    if array.ndim != len(shape) or any(wanted not in (None, n) for n, wanted in zip(array.shape, shape, strict=True)):
+        raise ValueError(f"{where} has `{key}` of shape {array.shape}; {shape} is needed, one row per box.")
     if not np.isfinite(array).all():
         raise ValueError(f"{where} has {(~np.isfinite(array)).sum()} values in `{key}` that are NaN or infinite.")
-    return array
-
-
-def _column(
-    where: str,
-    values: Mapping[str, Any],
-    key: str,
-    length: int | None = None,
-    default: Callable[[], np.ndarray] | None = None,
-) -> np.ndarray:
-    if default is not None and values.get(key) is None:
-        return default()
-    array = _array(where, values, key)
-    if array.ndim != 1 or length not in (None, len(array)):
-        wanted = "(n,)" if length is None else f"({length},)"
-        raise ValueError(f"{where} has `{key}` of shape {array.shape}; {wanted} is needed, one per box.")
     return array
 
 
@@ -240,22 +230,21 @@ def _stack(arrays: list[np.ndarray], width: int) -> np.ndarray:
     return np.concatenate([numbers[:, None], np.concatenate([np.zeros((0, width)), *arrays])], axis=1)
 
 
-def _area(box: list[float]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
+def _annotations(images: np.ndarray, boxes: np.ndarray, **columns: np.ndarray) -> list[dict]:
+    """Boxes (n, 4) as the backends take them; ``columns`` override the fields of the same name.
 
-
-def _annotation(number: int, image: float, score: float, box: list[float], area: float, crowd: float) -> dict:
-    """One box as the backends take it. Numbers start at 1: COCOeval reads the id 0 as unmatched."""
-    x1, y1, x2, y2 = box
-    return {
-        "id": number,
-        "image_id": int(image),
-        "category_id": 1,
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": area,
-        "iscrowd": int(crowd),
-        "score": score,
-    }
+    Ids start at 1: COCOeval reads the id 0 as unmatched. Detections have the area of their box, as in `COCO.loadRes`.
+    """
+    x1, y1, x2, y2 = boxes.T
+    table = {
+        "id": np.arange(1, len(boxes) + 1),
+        "image_id": images.astype(int),
+        "category_id": np.ones(len(boxes), dtype=int),
+        "bbox": np.stack([x1, y1, x2 - x1, y2 - y1], axis=1),
+        "area": (x2 - x1) * (y2 - y1),
+        "iscrowd": np.zeros(len(boxes), dtype=int),
+    } | columns
+    return [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]
 
 
 def _mean(values: np.ndarray) -> float:

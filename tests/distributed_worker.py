@@ -1,0 +1,58 @@
+"""Run by `test_distributed.py`, on one process or through ``accelerate launch``: trains, evaluates twice, writes what came out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import zoo
+from scenes import Scenes, processor
+
+from hf_detrkd import DistillationConfig, DistillationTrainer
+
+
+def main(folder: str, method: str, student: str, teacher: str, batch: str) -> None:
+    torch.set_num_threads(1)
+    student, teacher = zoo.build(student), zoo.build(teacher, seed=3)
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=None if method == "none" else teacher,
+        args=DistillationConfig(
+            output_dir=folder,
+            method=method,
+            method_config={"general_points": 4} if method == "kd_detr" else None,
+            per_device_train_batch_size=int(batch),
+            per_device_eval_batch_size=2,
+            max_steps=3,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            gradient_share_steps=2,
+            optim="sgd",
+            learning_rate=1e-2,
+            seed=7,
+        ),
+        train_dataset=Scenes(12),
+        eval_dataset=Scenes(7, seed=1),
+        processing_class=processor(student),
+        teacher_processing_class=processor(teacher),
+    )
+    evaluations = [trainer.evaluate()]
+    trainer.train()
+    evaluations += [trainer.evaluate(), trainer.evaluate(Scenes(5, seed=2))]
+    if trainer.is_world_process_zero():
+        # AP of an untrained model is 0 whatever is counted: recall of detections and the loss tell more
+        keys = [key for key in evaluations[0] if "map" in key or "mar" in key]
+        result = {"evaluations": [{key: e.get(key) for key in keys} for e in evaluations]}
+        result["logs"] = [log for log in trainer.state.log_history if "loss" in log]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+        torch.save({**trainer.student.state_dict(), **trainer.model.methods.state_dict()}, Path(folder) / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import tiny_datasets as tiny
+
+from hf_detrkd.data import DatasetError, load_detection_dataset, split_off_validation
+from hf_detrkd.data.schema import BOX_FORMATS, split_name, to_xywh, whole_ids
+
+WRITERS = {
+    "coco": tiny.write_coco,
+    "official coco": tiny.write_official_coco,
+    "roboflow": tiny.write_roboflow,
+    "imagefolder": tiny.write_imagefolder,
+    "imagefolder with names": lambda folder: tiny.write_imagefolder(folder, names=True),
+    "yolo": tiny.write_yolo,
+    "voc": tiny.write_voc,
+    "voc challenge": lambda folder: tiny.write_voc(folder, "The VOC2007 Database"),
+}
+
+
+def objects_by_name(split) -> list[list[tuple]]:
+    """Per image: (class name, box) of every object."""
+    names = split.features["objects"]["category"].feature.names
+    return [
+        [(names[category], np.round(box, 3).tolist()) for category, box in zip(o["category"], o["bbox"], strict=True)]
+        for o in split["objects"]
+    ]
+
+
+def expected_objects(split: str) -> list[list[tuple]]:
+    return [[(tiny.NAMES[category], list(box)) for box, category, _ in objects] for _, _, objects in tiny.SPLITS[split]]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_gives_the_same_schema_and_objects(kind, tmp_path):
+    loaded = load_detection_dataset(WRITERS[kind](tmp_path / "set"))
+    assert set(loaded) == {"train", "validation"}
+    for name, split in (("train", "train"), ("validation", "val")):
+        assert set(loaded[name].features) == {"image", "image_id", "width", "height", "objects"}
+        assert objects_by_name(loaded[name]) == expected_objects(split)
+        sizes = [size for _, size, _ in tiny.SPLITS[split]]
+        assert [(row["width"], row["height"]) for row in loaded[name]] == sizes
+        assert [row["image"].size for row in loaded[name]] == sizes
+        assert all(isinstance(number, int) for number in loaded[name]["image_id"])
+        names = loaded[name].features["objects"]["category"].feature.names
+        assert sorted(names) == sorted(tiny.NAMES)
+    if "names" not in kind:  # names alone come sorted: there is no other order
+        assert names == tiny.NAMES
+    crowds = [o["iscrowd"] for o in loaded["train"]["objects"]]
+    assert crowds == [[0, 0], [], [0, 0] if kind == "yolo" else [1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["coco", "imagefolder"])
+def test_ids_and_areas_are_the_sources(kind, tmp_path):
+    train = load_detection_dataset(WRITERS[kind](tmp_path / "set"))["train"]
+    assert train["image_id"] == [100, 107, 114]
+    assert train[0]["objects"]["area"] == [120.0, 360.0]
+
+
+def test_images_stay_files_on_disk(tmp_path):
+    train = load_detection_dataset(tiny.write_coco(tmp_path / "set"))["train"]
+    source = train.cast_column("image", datasets.Image(decode=False))[0]["image"]
+    assert source["bytes"] is None and source["path"].endswith("images/train/a1.png")
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("sizes", [True, False])
+def test_saved_datasets(labels, sizes, tmp_path):
+    splits = {split: tiny.hub_split(split, labels, sizes) for split in tiny.SPLITS}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    loaded = load_detection_dataset(tmp_path / "set")
+    names = loaded["train"].features["objects"]["category"].feature.names
+    assert names == (tiny.NAMES if labels else ["class_0", "class_1", "class_2"])
+    assert loaded["train"][2]["objects"]["iscrowd"] == [1, 0]
+    assert [row["width"] for row in loaded["train"]] == [40, 20, 32]
+    if labels:
+        assert objects_by_name(loaded["validation"]) == expected_objects("val")
+
+
+def test_parquet_folder_through_load_dataset(tmp_path):
+    for split in tiny.SPLITS:
+        (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
+        tiny.hub_split(split).to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+    loaded = load_detection_dataset(str(tmp_path / "set"), cache_dir=tmp_path / "cache")
+    assert objects_by_name(loaded["train"]) == expected_objects("train")
+    assert loaded["train"][0]["image"].size == (40, 30)
+
+
+def test_objects_as_a_list_of_dicts_and_names_as_ids(tmp_path):
+    rows = [
+        {"image": tiny.picture((9, 9)), "image_id": name, "objects": [{"bbox": [1, 1, 4, 4], "label": "owl"}]}
+        for name in "ab"
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "image_id": datasets.Value("string"),
+            "objects": [{"bbox": [datasets.Value("float32")], "label": datasets.Value("string")}],
+        }
+    )
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "set")
+    train = load_detection_dataset(tmp_path / "set")["train"]
+    assert objects_by_name(train) == [[("owl", [1, 1, 4, 4])]] * 2
+    assert train["image_id"] == [0, 1] and train[0]["objects"]["area"] == [16.0]
+
+
+def test_a_set_without_boxes_is_refused_with_its_columns(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"columns \['text'\].*`objects`.*cppe-5"):
+        load_detection_dataset(tmp_path / "set")
+
+
+def test_the_hub_is_asked_with_every_setting(monkeypatch, tmp_path):
+    asked = {}
+
+    def load_dataset(*args, **kwargs):
+        asked.update(args=args, **kwargs)
+        return datasets.DatasetDict({"train": tiny.hub_split("train")})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_detection_dataset("who/what", config_name="full", cache_dir=tmp_path, revision="abc", token="t")
+    assert asked == {"args": ("who/what", "full"), "cache_dir": str(tmp_path), "revision": "abc", "token": "t"}
+    assert objects_by_name(loaded["train"]) == expected_objects("train")
+
+
+# --- box formats
+
+
+@pytest.mark.parametrize("box_format", BOX_FORMATS)
+def test_box_formats(box_format, tmp_path):
+    width, height = 40, 30
+    x, y, w, h = 4.0, 3.0, 20.0, 12.0
+    numbers = {"xywh": (x, y, w, h), "xyxy": (x, y, x + w, y + h), "cxcywh": (x + w / 2, y + h / 2, w, h)}
+    values = np.array(numbers[box_format.removesuffix("_normalized")])
+    if box_format.endswith("_normalized"):
+        values = values / [width, height, width, height]
+    np.testing.assert_allclose(to_xywh(values, box_format, width, height), [[x, y, w, h]])
+
+    (tmp_path / "train").mkdir()
+    tiny.picture((width, height)).save(tmp_path / "train" / "a.png")
+    line = {"file_name": "a.png", "objects": {"bbox": [values.tolist()], "category": ["cat"]}}
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(line))
+    objects = load_detection_dataset(tmp_path, bbox_format=box_format)["train"][0]["objects"]
+    np.testing.assert_allclose(objects["bbox"], [[x, y, w, h]], rtol=1e-6)
+    np.testing.assert_allclose(objects["area"], [w * h], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("bbox_format", "xywh_normalised", r"`bbox_format` is 'xywh_normalised'.*Did you mean `xywh_normalized`"),
+        ("bbox_format", "corners", r"must be one of xywh, xyxy, cxcywh"),
+        ("format", "coc", r"`format` is 'coc'.*Did you mean `coco`"),
+    ],
+)
+def test_unknown_choices_are_refused(argument, value, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_detection_dataset(tmp_path, **{argument: value})
+
+
+def test_a_folder_in_no_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none of the known formats.*_annotations\.coco\.json.*data\.yaml"):
+        load_detection_dataset(tmp_path)
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    tiny.write_coco(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    train = load_detection_dataset("set")["train"].cast_column("image", datasets.Image(decode=False))
+    assert train[0]["image"]["path"] == str(tmp_path / "set" / "images" / "train" / "a1.png")
+    with pytest.raises(ValueError, match="There is no folder"):
+        load_detection_dataset("./nowhere")
+
+
+# --- annotations that can't be read: file, row and value
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem", "row", "value"),
+    [
+        (
+            lambda c: c["annotations"][1].update(category_id=5),
+            "object of an unknown class",
+            "annotations[1] (id 1001)",
+            5,
+        ),
+        (
+            lambda c: c["annotations"][0].update(image_id=1),
+            "object of an image that is not listed",
+            "annotations[0] (id 1000)",
+            1,
+        ),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1, 2]),
+            "a bbox needs four numbers",
+            "annotations[0] (id 1000)",
+            [1, 2],
+        ),
+        (lambda c: c["annotations"][1].update(id=1000), "annotation id used twice", "annotations[1] (id 1000)", 1000),
+        (
+            lambda c: c["categories"][0].update(id="x"),
+            "a category needs a whole-number id and a name",
+            "categories[0]",
+            None,
+        ),
+        (lambda c: c["categories"][1].update(id=90), "category id used twice", "categories[1]", None),
+        (lambda c: c["categories"][0].update(name="cat"), "class name used twice", "classes [0, 2]", "cat"),
+        (lambda c: c.pop("images"), "a COCO json needs the lists images, annotations, categories", "images", "missing"),
+    ],
+)
+def test_coco_problems(edit, problem, row, value, tmp_path):
+    folder = tiny.write_coco(tmp_path / "set")
+    path = folder / "annotations" / "instances_train.json"
+    (folder / "annotations" / "instances_val.json").unlink()
+    change(path, edit)
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    finding = next(finding for finding in error.value.findings if finding.problem == problem)
+    assert finding.row == row and (value is None or finding.value == value)
+    assert finding.file == (str(folder) if problem == "class name used twice" else str(path))
+    assert problem in str(error.value) and row in str(error.value)
+
+
+def test_coco_classes_that_differ_between_splits(tmp_path):
+    folder = tiny.write_coco(tmp_path / "set")
+    change(folder / "annotations" / "instances_val.json", lambda c: c["categories"][0].update(name="fish"))
+    with pytest.raises(DatasetError, match="category id with two names"):
+        load_detection_dataset(folder)
+
+
+def test_coco_json_that_is_none(tmp_path):
+    folder = tiny.write_coco(tmp_path / "set")
+    (folder / "annotations" / "instances_train.json").write_text("{")
+    with pytest.raises(DatasetError, match="not valid JSON"):
+        load_detection_dataset(folder)
+
+
+def test_roboflows_heading_category_is_told(tmp_path, caplog):
+    load_detection_dataset(tiny.write_roboflow(tmp_path / "set"))
+    assert "category that only heads the others: animals" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "not valid JSON"),
+        ('{"image": "a1.png"}', "no file_name"),
+        ('{"file_name": "no.png", "objects": {"bbox": [], "category": []}}', "missing or unreadable image"),
+        ('{"file_name": "a1.png", "objects": {"corners": []}}', "objects without boxes or classes"),
+        ('{"file_name": "a1.png", "objects": {"bbox": [[1, 1, 2, 2]], "category": []}}', "lists of unequal length"),
+        ('{"file_name": "a1.png", "objects": {"bbox": [[1, 1, 2]], "category": [0]}}', "a bbox needs four numbers"),
+        ('{"file_name": "a1.png", "objects": {"bbox": [[1, 1, 2, 2]], "category": [7]}}', "object of an unknown class"),
+    ],
+)
+def test_imagefolder_problems_name_the_line(line, problem, tmp_path):
+    folder = tiny.write_imagefolder(tmp_path / "set")
+    path = folder / "train" / "metadata.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DatasetError, match=problem) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert finding.file == str(path) and finding.row.startswith("line 4")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("0 0.5 0.5 0.1", "a label line needs a class and 4 box values"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "a label line needs a class and 4 box values"),
+        ("cat 0.5 0.5 0.1 0.1", "a label line needs numbers only"),
+        ("9 0.5 0.5 0.1 0.1", "object of an unknown class"),
+    ],
+)
+def test_yolo_problems_name_the_line(line, problem, tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    path = folder / "labels" / "train" / "a1.txt"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DatasetError, match=problem) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.file, finding.row, finding.value) == (str(path), "line 3", line)
+
+
+def test_yolo_polygons_lists_and_roboflows_paths(tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    (folder / "labels" / "train" / "a2.txt").write_text("1 0.1 0.2 0.5 0.2 0.5 0.6\n")
+    (folder / "train.txt").write_text("./images/train/a1.png\n./images/train/a2.png\n")
+    (folder / "data.yaml").write_text("train: train.txt\nval: ../images/val\nnames: [cat, dog, bird]\nnc: 3\n")
+    loaded = load_detection_dataset(folder / "data.yaml")
+    assert objects_by_name(loaded["train"])[1] == [("dog", [2.0, 10.0, 8.0, 20.0])]
+    assert len(loaded["train"]) == 2 and len(loaded["validation"]) == 1
+
+
+def test_yolo_without_its_image_folder(tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    (folder / "data.yaml").write_text("train: images/nowhere\nnames: [cat, dog, bird]\nnc: 4\n")
+    with pytest.raises(DatasetError, match=r"(?s)nc is not the number of names.*no such image folder.*images/nowhere"):
+        load_detection_dataset(folder)
+
+
+def test_voc_problems(tmp_path):
+    folder = tiny.write_voc(tmp_path / "set")
+    path = folder / "Annotations" / "a1.xml"
+    path.write_text(path.read_text().replace("<name>cat", "<name>cow"))
+    (folder / "Annotations" / "a2.xml").write_text("<annotation>")
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    broken, unknown = error.value.findings
+    assert broken.problem == "missing or broken annotation file"
+    assert (unknown.file, unknown.row, unknown.value) == (str(path), "object 0", "cow")
+
+
+def test_voc_without_lists_is_all_train(tmp_path):
+    folder = tiny.write_voc(tmp_path / "set")
+    for path in (folder / "ImageSets" / "Main").iterdir():
+        path.unlink()
+    loaded = load_detection_dataset(folder)
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 4}
+
+
+# --- names, ids, splits
+
+
+@pytest.mark.parametrize(
+    ("name", "usual"),
+    [
+        ("train2017", "train"),
+        ("val", "validation"),
+        ("valid", "validation"),
+        ("dev", "validation"),
+        ("val2014", "validation"),
+        ("Test", "test"),
+        ("extra", "extra"),
+    ],
+)
+def test_split_names(name, usual):
+    assert split_name(name) == usual
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        ([5, 3, 9], [5, 3, 9]),
+        (["0007", "12"], [7, 12]),
+        (["b", "a", "b"], [0, 1, 0]),
+        (["01", "1"], [0, 1]),
+        ([None, None], [0, 1]),
+        ([4, 4], [4, 4]),
+    ],
+)
+def test_whole_ids(given, numbers):
+    assert whole_ids(given) == numbers
+
+
+def test_split_off_validation(tmp_path):
+    splits = load_detection_dataset(tiny.write_coco(tmp_path / "set"))
+    assert split_off_validation(splits) is splits
+    only = datasets.DatasetDict({"train": datasets.concatenate_datasets([splits["train"]] * 8)})
+    one, again, other = (split_off_validation(only, 0.25, seed=seed) for seed in (0, 0, 1))
+    assert (len(one["train"]), len(one["validation"])) == (18, 6)
+    assert one["validation"]["image_id"] == again["validation"]["image_id"]
+    assert one["validation"]["image_id"] != other["validation"]["image_id"]
+    with pytest.raises(ValueError, match=r"`train_val_split` is 1\.5"):
+        split_off_validation(only, 1.5)
+    with pytest.raises(ValueError, match="there is no train"):
+        split_off_validation(datasets.DatasetDict({"test": splits["train"]}))

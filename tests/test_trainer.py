@@ -1,0 +1,369 @@
+"""`DistillationTrainer`: what a run trains, logs, saves, resumes and measures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from scenes import Scenes, processor
+from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
+
+from hf_detrkd import DistillationConfig, DistillationTrainer
+from hf_detrkd.data import DetectionCollator
+from hf_detrkd.trainer import STATE_NAME, digest
+
+KD_DETR = {"general_points": 4}
+
+
+def config(folder, **settings) -> DistillationConfig:
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 3, "seed": 7}
+    if settings.get("method", "kd_detr") == "kd_detr":
+        settings.setdefault("method_config", KD_DETR)
+    return DistillationConfig(output_dir=str(folder), **{**quiet, **sizes, **settings})
+
+
+def trainer(folder, student="rt_detr", teacher="rt_detr", classes=zoo.CLASSES, **settings) -> DistillationTrainer:
+    student = zoo.build(student, seed=0) if isinstance(student, str) else student
+    if settings.get("method") == "none":
+        teacher = None
+    elif isinstance(teacher, str):
+        teacher = zoo.build(teacher, seed=3, classes=classes)
+    return DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(folder, **settings),
+        train_dataset=Scenes(),
+        eval_dataset=Scenes(7, seed=1),
+        processing_class=processor(student),
+        teacher_processing_class=None if teacher is None else processor(teacher),
+    )
+
+
+def state_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, the first are {different[:3]}"
+
+
+# -- the twin --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["detr", "conditional_detr", "deformable_detr_refine", "rt_detr", "d_fine", "lw_detr"])
+def test_none_is_plain_trainer_step_for_step(tmp_path, family):
+    student = zoo.build(family)
+    plain_model = copy.deepcopy(student)
+    plain_args = TrainingArguments(
+        output_dir=str(tmp_path / "plain"),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        max_steps=3,
+        seed=7,
+        learning_rate=1e-4,
+        weight_decay=1e-4,
+        max_grad_norm=0.1,
+        remove_unused_columns=False,
+    )
+    collator = DetectionCollator(processor(student))
+    # Trainer would pass the labels' extra keys through as they are
+    plain = Trainer(plain_model, plain_args, train_dataset=Scenes(), data_collator=collator)
+    plain.train()
+    ours = trainer(
+        tmp_path, student, method="none", ema_decay=0, backbone_lr_factor=1, layer_supervision=False
+    )
+    ours.train()
+    assert_equal(state_of(student), state_of(plain_model))
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (plain, ours)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def test_trains_every_part_of_the_student_and_nothing_of_the_teacher(tmp_path):
+    run = trainer(tmp_path, ema_decay=0, learning_rate=1e-3)
+    before, teacher = state_of(run.student), state_of(run.teacher)
+    run.train()
+    after = state_of(run.student)
+    trainable = {name for name, p in run.student.named_parameters() if p.requires_grad}
+    still = [name for name in trainable if torch.equal(before[name], after[name])]
+    assert not still
+    assert_equal(teacher, state_of(run.teacher))
+    assert not run.teacher.training
+    assert not any(p.requires_grad or p.grad is not None for p in run.teacher.parameters())
+    inside = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert not inside & {id(p) for p in run.teacher.parameters()}
+    assert inside >= {id(p) for p in run.model.methods.parameters()}
+
+
+def test_logs_every_part_and_its_share_of_the_gradient(tmp_path):
+    run = trainer(tmp_path, gradient_share_steps=2)
+    run.train()
+    first = run.state.log_history[0]
+    terms = run.model.methods["kd_detr"].config.weights
+    assert {f"kd_{term}" for term in terms} <= first.keys()
+    weighted = sum(weight * first[f"kd_{term}"] for term, weight in terms.items())
+    assert first["loss"] == pytest.approx(first["detection_loss"] + weighted, rel=1e-3)
+    assert 0 < first["gradient_share_kd"] < 1
+    assert all(0 <= first[f"gradient_share_{term}"] <= 1 for term in terms)
+
+
+def test_gradient_share_is_that_of_separate_backward_passes(tmp_path):
+    run = trainer(tmp_path, layer_supervision=False, max_grad_norm=0, ema_decay=0)
+    batch = run.data_collator([Scenes()[i] for i in (1, 2)])
+    model = run.model.train()
+    with torch.no_grad():
+        _, view = run.teacher_adapter.forward({"pixel_values": batch["pixel_values"]})
+
+    def gradient(kd_scale, detection_weight):
+        model.zero_grad()
+        model.detection_weight = detection_weight
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        out = model(**batch, teacher_view=view, kd_scale=kd_scale, generator=generator, gradient_norms=True)
+        norms = out["gradient_norms"]
+        out["loss"].backward()
+        squares = [p.grad.square().sum() for p in run.student.parameters() if p.grad is not None]
+        return torch.stack(squares).sum().sqrt().item(), norms
+
+    detection, norms = gradient(0.0, 1.0)
+    assert norms["detection"].item() == pytest.approx(detection, rel=1e-4)
+    kd, norms = gradient(0.5, 0.0)
+    assert norms["kd"].item() == pytest.approx(kd, rel=1e-4)
+
+
+def test_schedule_warms_up_and_leaves_the_teacher_out(tmp_path):
+    run = trainer(tmp_path, max_steps=4, kd_warmup_steps=2, kd_stop=0.75)
+    calls = []
+    original = run._teacher_view
+    run._teacher_view = lambda *args: calls.append(run.state.global_step) or original(*args)
+    run.train()
+    assert calls == [0, 1, 2]
+    scales = [log["kd_scale"] for log in run.state.log_history if "kd_scale" in log]
+    assert scales == [0.5, 1.0, 1.0, 0.0]
+
+
+def test_backbone_has_a_learning_rate_of_its_own(tmp_path):
+    run = trainer(tmp_path, backbone_lr_factor=0.1, learning_rate=1e-3)
+    run.create_optimizer()
+    backbone = {id(p) for p in run.model.adapter.feature_module.parameters()}
+    for group in run.optimizer.param_groups:
+        inside = {id(p) in backbone for p in group["params"]}
+        assert len(inside) == 1
+        assert group["lr"] == pytest.approx(1e-4 if inside.pop() else 1e-3)
+    trainable = sum(p.requires_grad for p in run.model.parameters())
+    assert sum(len(group["params"]) for group in run.optimizer.param_groups) == trainable
+
+
+def test_accumulation_is_the_mean_over_micro_batches(tmp_path):
+    # DETR's loss is normalised by boxes: equal counts in both micro batches make the means agree
+    class Same(Scenes):
+        def __getitem__(self, index):
+            return super().__getitem__(2)
+
+    states = []
+    for size, accumulation in ((2, 1), (1, 2)):
+        run = trainer(
+            tmp_path,
+            "conditional_detr",
+            "conditional_detr",
+            ema_decay=0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            gradient_share_steps=0,
+            optim="sgd",  # Adam blows rounding errors of tiny gradients up to the learning rate
+            learning_rate=1e-2,
+        )
+        run.train_dataset = Same()
+        run.train()
+        states.append(state_of(run.student))
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("pair", [("rt_detr", "rt_detr"), ("detr", "conditional_detr")])
+def test_bf16_autocast_trains(tmp_path, pair):
+    run = trainer(tmp_path, *pair, bf16=True)
+    run.train()
+    assert all(math.isfinite(log["loss"]) for log in run.state.log_history if "loss" in log)
+
+
+def test_gradient_checkpointing_gives_the_same_run(tmp_path):
+    states = []
+    for checkpointing in (False, True):
+        run = trainer(
+            tmp_path, "conditional_detr", "conditional_detr", gradient_checkpointing=checkpointing, ema_decay=0
+        )
+        run.train()
+        states.append(state_of(run.student))
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_several_methods_in_one_run(tmp_path):
+    run = trainer(tmp_path, method=["logit_kd", "kd_detr"], method_config={"kd_detr": KD_DETR})
+    run.train()
+    assert {"kd_logit_kd_class", "kd_kd_detr_specific_l1"} <= run.state.log_history[0].keys()
+
+
+def test_teacher_with_other_pixels(tmp_path):
+    student, teacher = zoo.build("rt_detr"), zoo.build("conditional_detr", seed=3)
+    large = processor(teacher)
+    large.size = {"height": 96, "width": 96}
+    run = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path, method="logit_kd"),
+        train_dataset=Scenes(),
+        processing_class=processor(student),
+        teacher_processing_class=large,
+    )
+    seen = []
+    teacher.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["pixel_values"].shape)), with_kwargs=True)
+    run.train()
+    assert set(seen) == {(2, 3, 96, 96)} or set(seen) == {(2, 3, 96, 96), (1, 3, 96, 96)}
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", zoo.NAMES)
+def test_resume_in_mid_epoch_ends_with_the_same_parameters(tmp_path, family):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_share_steps": 0}
+    whole = trainer(tmp_path / "whole", family, family, **settings)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", family, family, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_equal(state_of(whole.student), state_of(resumed.student))
+    assert_equal(state_of(whole.model.methods), state_of(resumed.model.methods))
+
+
+@pytest.mark.parametrize("family", ["detr", "rt_detr", "deformable_detr_refine", "lw_detr"])
+def test_best_model_at_end_restores_every_tensor(tmp_path, family):
+    run = trainer(
+        tmp_path,
+        family,
+        family,
+        max_steps=4,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the loss of the first evaluation is the larger one
+        learning_rate=1e-3,
+    )
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    saved = AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-2")
+    assert_equal(state_of(run.student), state_of(saved))
+    run.save_model(str(tmp_path / "final"))
+    assert_equal(state_of(AutoModelForObjectDetection.from_pretrained(tmp_path / "final")), state_of(saved))
+
+
+def test_a_checkpoint_is_the_plain_student_and_its_average(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=3, learning_rate=1e-2)
+    raw = {}
+    original = run.ema.copy_to_model
+    run.ema.copy_to_model = lambda: raw.update(raw or state_of(run.student)) or original()
+    run.train()
+    folder = tmp_path / "checkpoint-3"
+    saved = state_of(AutoModelForObjectDetection.from_pretrained(folder))
+    assert_equal(saved, state_of(run.student))  # the average, which the student holds after training
+    assert any(not torch.equal(saved[name], raw[name]) for name in saved)
+    state = torch.load(folder / STATE_NAME, weights_only=True)
+    assert_equal(state["student"], raw)
+    assert state["teacher"]["digest"] == digest(run.teacher)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["RTDetrForObjectDetection"]
+
+
+def test_another_teacher_is_refused_on_resume(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, **settings).train()
+    other = trainer(tmp_path / "other", teacher=zoo.build("rt_detr", seed=4), **settings)
+    with pytest.raises(ValueError, match="teacher's weights are not those"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    plain = trainer(tmp_path / "plain", ema_decay=0, **settings)
+    with pytest.raises(ValueError, match="with a moving average"):
+        plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    twin = trainer(tmp_path / "twin", method="none", **settings)
+    with pytest.raises(ValueError, match="with a teacher"):
+        twin.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_saved_student_predicts_without_this_package(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model()
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_detrkd":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from PIL import Image
+from transformers import pipeline
+detect = pipeline("object-detection", model={str(tmp_path)!r})
+found = detect(Image.new("RGB", (64, 64)), threshold=0.0)
+assert len(found) > 0 and set(found[0]) == {{"score", "label", "box"}}, found
+assert not any(name.startswith("hf_detrkd") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=200)
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_streams_and_agrees_with_itself(tmp_path):
+    run = trainer(tmp_path)
+    first, second = run.evaluate(), run.evaluate()
+    assert first["eval_map"] == second["eval_map"]
+    assert {"eval_map", "eval_map_50", "eval_map_75", "eval_mar_100", "eval_loss"} <= first.keys()
+    prediction = run.predict(Scenes(5, seed=2))
+    assert "test_map" in prediction.metrics
+
+
+def test_evaluation_measures_the_average(tmp_path):
+    run = trainer(tmp_path, max_steps=1, learning_rate=1e-2)
+    loss = run.evaluate()["eval_loss"]
+    with torch.no_grad():
+        for parameter in run.student.parameters():
+            parameter.zero_()  # the average still has the weights
+    assert run.evaluate()["eval_loss"] == loss
+    assert all(not p.any() for p in run.student.parameters())
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_refuses_what_cannot_work(tmp_path):
+    with pytest.raises(TypeError, match="needs a DistillationConfig"):
+        DistillationTrainer(zoo.build("rt_detr"), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="needs a teacher"):
+        trainer(tmp_path, teacher=None)
+    with pytest.raises(ValueError, match="classes"):
+        trainer(tmp_path, zoo.build("rt_detr", classes=3), method="none")
+    with pytest.raises(ValueError, match="known methods are"):
+        trainer(tmp_path, method="kd_dter")
+    with pytest.raises(ValueError, match="knows"):
+        trainer(tmp_path, method_config={"temprature": 2})
+    with pytest.raises(ValueError, match="`processing_class` is missing"):
+        DistillationTrainer(zoo.build("rt_detr"), args=config(Path(tmp_path), method="none"), train_dataset=Scenes())
