@@ -44,10 +44,12 @@ class DistillationConfig(TrainingArguments):
     detection_weight: float = field(default=1.0, metadata={"help": "Weight of the detector's own task loss."})
     kd_weight: float = field(default=1.0, metadata={"help": "Common factor of all distillation terms."})
     kd_warmup_steps: float = field(
-        default=0, metadata={"help": "Steps of linear warm-up of the distillation terms; below 1, a share of all steps."}
+        default=0,
+        metadata={"help": "Steps of linear warm-up of the distillation terms; below 1, a share of all steps."},
     )
     kd_stop: float = field(
-        default=0, metadata={"help": "Step after which the teacher is left out; below 1, a share of all steps; 0: never."}
+        default=0,
+        metadata={"help": "Step after which the teacher is left out; below 1, a share of all steps; 0: never."},
     )
     layer_supervision: bool = field(
         default=True,
@@ -84,8 +86,13 @@ class DistillationConfig(TrainingArguments):
     max_grad_norm: float = field(default=0.1, metadata={"help": "Gradient norm clipping, as in DETR."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: labels are dictionaries."})
     batch_eval_metrics: bool = field(default=True, metadata={"help": "Must stay True: evaluation streams."})
-    metric_for_best_model: str | None = field(default="eval_map", metadata={"help": "What the best checkpoint has most of."})
+    metric_for_best_model: str | None = field(
+        default="eval_map", metadata={"help": "What the best checkpoint has most of."}
+    )
     greater_is_better: bool | None = field(default=True, metadata={"help": "AP is better the larger it is."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches; only of use with a GPU."}
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "bf16 autocast; by default on CUDA devices that support it."}
     )
@@ -128,9 +135,7 @@ class DistillationConfig(TrainingArguments):
 
     def kd_scale(self, step: int, max_steps: int) -> float:
         """The factor of all distillation terms at ``step`` of ``max_steps``: ``kd_weight``, warmed up, then 0 after the stop."""
-        warmup, stop = (
-            steps * max_steps if 0 < steps < 1 else steps for steps in (self.kd_warmup_steps, self.kd_stop)
-        )
+        warmup, stop = (steps * max_steps if 0 < steps < 1 else steps for steps in (self.kd_warmup_steps, self.kd_stop))
         if stop and step >= stop:
             return 0.0
         return self.kd_weight * min(1.0, (step + 1) / warmup) if warmup else self.kd_weight
@@ -156,5 +161,5 @@ def _json_object(name: str, value: dict | str | None) -> dict | None:
     except json.JSONDecodeError as error:
         raise ValueError(f"`{name}` is not JSON ({error}): {value}") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"`{name}` must be a JSON object such as {{\"temperature\": 2}}, got: {value}")
+        raise ValueError(f'`{name}` must be a JSON object such as {{"temperature": 2}}, got: {value}')
     return parsed

@@ -30,7 +30,11 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
     """One line for a training log or an evaluation; empty for logs that need none."""
     if "loss" in logs:
         terms = [f"{name.removeprefix('kd_')} {value:.4g}" for name, value in logs.items() if name.startswith("kd_")]
-        parts = [f"step {step}/{max_steps}", f"loss {logs['loss']:.4g}", f"detection {logs.get('detection_loss', logs['loss']):.4g}"]
+        parts = [
+            f"step {step}/{max_steps}",
+            f"loss {logs['loss']:.4g}",
+            f"detection {logs.get('detection_loss', logs['loss']):.4g}",
+        ]
         if terms:
             parts.append("kd: " + "  ".join(terms))
         if "gradient_share_kd" in logs:
@@ -39,6 +43,16 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
             parts.append(f"grad {float(logs['grad_norm']):.3g}")
         return " | ".join([*parts, f"lr {logs.get('learning_rate', 0):.2g}"])
     if "eval_map" in logs:
-        values = [f"{name} {100 * logs[f'eval_{key}']:.1f}" for name, key in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))]
-        return " | ".join([f"step {step}/{max_steps}", "evaluation", "  ".join(values), f"loss {logs.get('eval_loss', float('nan')):.4g}"])
+        values = [
+            f"{name} {100 * logs[f'eval_{key}']:.1f}"
+            for name, key in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))
+        ]
+        return " | ".join(
+            [
+                f"step {step}/{max_steps}",
+                "evaluation",
+                "  ".join(values),
+                f"loss {logs.get('eval_loss', float('nan')):.4g}",
+            ]
+        )
     return ""

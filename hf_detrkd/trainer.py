@@ -135,6 +135,8 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(DistillationPrinter if args.disable_tqdm else DistillationProgress)
 
+        if hasattr(train_dataset, "set_epoch"):
+            self.add_callback(_SetEpoch(train_dataset))
         self.ema = ExponentialMovingAverage(student, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(_UpdateAverage(self.ema))
@@ -180,9 +182,7 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One step: teacher's view, then everything trainable in the one wrapped forward."""
-        teacher_inputs = {
-            name.removeprefix("teacher_"): inputs[name] for name in inputs if name.startswith("teacher_")
-        }
+        teacher_inputs = {name.removeprefix("teacher_"): inputs[name] for name in inputs if name.startswith("teacher_")}
         inputs = {name: value for name, value in inputs.items() if not name.startswith("teacher_")}
         if not model.training:
             outputs = model(**inputs)
@@ -353,6 +353,16 @@ class _UpdateAverage(TrainerCallback):
         self.ema.update()
 
 
+class _SetEpoch(TrainerCallback):
+    """Tells the data set the epoch before its loader starts. accelerate does so only for some samplers."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
 def load_detector(model: PreTrainedModel | str, **options) -> PreTrainedModel:
     """A detector from a local folder or a Hub id; a model passes through."""
     return AutoModelForObjectDetection.from_pretrained(model, **options) if isinstance(model, str) else model
@@ -375,5 +385,9 @@ def digest(model: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         sha.update(name.encode())
-        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.dim() else str(value.item()).encode())
+        sha.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            if value.dim()
+            else str(value.item()).encode()
+        )
     return sha.hexdigest()

@@ -1,4 +1,4 @@
-"""Run by `test_distributed.py`, on one process or through ``accelerate launch``: trains, evaluates twice, writes what came out."""
+"""Run by `test_distributed.py`, on one process or through torchrun: trains, evaluates twice, writes what came out."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 def run(folder, processes: int, method: str, student: str, teacher: str, batch: int) -> tuple[dict, dict]:
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        # accelerate launch starts several processes on GPUs, and on CPUs only through MPI; torchrun is what it calls
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(WORKER), str(folder), method, student, teacher, str(batch)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

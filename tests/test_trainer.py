@@ -60,7 +60,9 @@ def assert_equal(one: dict, other: dict) -> None:
 # -- the twin --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["detr", "conditional_detr", "deformable_detr_refine", "rt_detr", "d_fine", "lw_detr"])
+@pytest.mark.parametrize(
+    "family", ["detr", "conditional_detr", "deformable_detr_refine", "rt_detr", "d_fine", "lw_detr"]
+)
 def test_none_is_plain_trainer_step_for_step(tmp_path, family):
     student = zoo.build(family)
     plain_model = copy.deepcopy(student)
@@ -83,9 +85,7 @@ def test_none_is_plain_trainer_step_for_step(tmp_path, family):
     # Trainer would pass the labels' extra keys through as they are
     plain = Trainer(plain_model, plain_args, train_dataset=Scenes(), data_collator=collator)
     plain.train()
-    ours = trainer(
-        tmp_path, student, method="none", ema_decay=0, backbone_lr_factor=1, layer_supervision=False
-    )
+    ours = trainer(tmp_path, student, method="none", ema_decay=0, backbone_lr_factor=1, layer_supervision=False)
     ours.train()
     assert_equal(state_of(student), state_of(plain_model))
     losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (plain, ours)]

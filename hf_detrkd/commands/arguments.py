@@ -20,7 +20,8 @@ class ModelArguments:
         default=None, metadata={"help": "Checkpoint to start from (the student): a local folder or a Hub id."}
     )
     config_name: str | None = field(
-        default=None, metadata={"help": "Instead of a checkpoint: a config.json (or its folder or Hub id), weights random."}
+        default=None,
+        metadata={"help": "Instead of a checkpoint: a config.json (or its folder or Hub id), weights random."},
     )
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Image processor, where it is not beside the model: a folder or a Hub id."}
@@ -30,7 +31,9 @@ class ModelArguments:
     )
     do_normalize: bool | None = field(
         default=None,
-        metadata={"help": "Normalise pixels with the processor's mean and standard deviation; by default what it says."},
+        metadata={
+            "help": "Normalise pixels with the processor's mean and standard deviation; by default what it says."
+        },
     )
     backbone_weights: str | None = field(
         default=None, metadata={"help": "A safetensors file with weights for the backbone, used with `config_name`."}
@@ -66,7 +69,9 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
-    strict: bool = field(default=False, metadata={"help": "Stop on every finding in the data, also on repairable ones."})
+    strict: bool = field(
+        default=False, metadata={"help": "Stop on every finding in the data, also on repairable ones."}
+    )
     flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
     scale: list[float] = field(
         default_factory=lambda: [0.8, 1.25], metadata={"help": "Range of the scale jitter; `1 1` for none."}

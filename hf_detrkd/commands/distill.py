@@ -30,7 +30,7 @@ from ..reporting.table import comparison_table
 from ..students import inherit
 from ..trainer import DistillationTrainer, load_detector
 from .arguments import DataArguments, ModelArguments, parse
-from .setup import Data, build_detector, build_image_processor, load_data, write_json
+from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
 
 
 @dataclass
@@ -74,7 +74,9 @@ def distill(
         teacher_path = args.teacher_model_name_or_path
         if teacher_path is None:
             raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
-        options = dict(args.teacher_model_init_kwargs or {}, cache_dir=model_arguments.cache_dir, token=model_arguments.token)
+        options = dict(
+            args.teacher_model_init_kwargs or {}, cache_dir=model_arguments.cache_dir, token=model_arguments.token
+        )
         if args.teacher_model_revision is not None:
             options["revision"] = args.teacher_model_revision
         teacher = load_detector(teacher_path, **options)
@@ -91,6 +93,7 @@ def distill(
 
     student = build()
     processor = build_image_processor(model_arguments, student)
+    augment(data, data_arguments, processor, teacher_processor)
     results: dict[str, Any] = {"teacher": None, "twin": None}
     if teacher is not None:
         results["teacher"] = {
@@ -121,8 +124,12 @@ def distill(
         plot_curves(histories, output / "curves.png")
         if extra.sheet_images:
             draw_comparison(models, data.test, output / "sheet.png", number=extra.sheet_images)
-        table = comparison_table({role: results[role]["test"] for role in ("teacher", "twin", "student") if results.get(role)})
-        say(f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, sheet.png")
+        table = comparison_table(
+            {role: results[role]["test"] for role in ("teacher", "twin", "student") if results.get(role)}
+        )
+        say(
+            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, sheet.png"
+        )
     return results
 
 
@@ -200,7 +207,8 @@ def last_complete_checkpoint(output: Path) -> str | None:
 def settings(*groups) -> dict[str, Any]:
     """All flags of a run, by group."""
     return {
-        type(group).__name__: group.to_dict() if isinstance(group, DistillationConfig) else vars(group) for group in groups
+        type(group).__name__: group.to_dict() if isinstance(group, DistillationConfig) else vars(group)
+        for group in groups
     }
 
 

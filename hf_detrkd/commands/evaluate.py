@@ -1,6 +1,6 @@
 """Measure a detector on a split: COCO metrics as a table and as JSON, with every class.
 
-    python scripts/evaluate.py --model_name_or_path CHECKPOINT --dataset_name DATA --split test --output results.json
+python scripts/evaluate.py --model_name_or_path CHECKPOINT --dataset_name DATA --split test --output results.json
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
 
 from ..data import DetectionDataset
 from ..evaluation.detector import evaluate_detector
@@ -26,7 +25,9 @@ class EvaluateArguments:
     split: str = field(default="test", metadata={"help": "train, validation or test."})
     batch_size: int = field(default=8, metadata={"help": "Images per step and process."})
     num_workers: int = field(default=2, metadata={"help": "Processes that load images."})
-    backend: str = field(default="auto", metadata={"help": "pycocotools, faster_coco_eval, or auto: the faster one installed."})
+    backend: str = field(
+        default="auto", metadata={"help": "pycocotools, faster_coco_eval, or auto: the faster one installed."}
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
 
 

@@ -20,7 +20,7 @@ from ..reporting.curves import plot_curves
 from ..reporting.table import comparison_table
 from .arguments import DataArguments, ModelArguments, parse
 from .distill import checkpoint_to_resume, settings, train, versions
-from .setup import build_detector, build_image_processor, load_data, write_json
+from .setup import augment, build_detector, build_image_processor, load_data, write_json
 
 
 @dataclass
@@ -46,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     model = build_detector(model_arguments, data.train.id2label)
     processor = build_image_processor(model_arguments, model)
+    augment(data, data_arguments, processor)
     say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(data.train)} training images")
     row, history = train(model, args, data, processor, None, None)
     results = {"model": row, "settings": settings(model_arguments, data_arguments, args), "versions": versions()}
     if args.should_save:
         write_json(results, output / "results.json")
         plot_curves({"model": history}, output / "curves.png")
-        say(f"\nCOCO AP on {data.test_split}, in points\n{comparison_table({'model': row['test']})}\n\nwritten to {output}")
+        say(
+            f"\nCOCO AP on {data.test_split}, in points\n{comparison_table({'model': row['test']})}\n\nwritten to {output}"
+        )
     return results
 
 

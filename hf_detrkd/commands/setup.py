@@ -6,14 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel, RTDetrImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    PreTrainedModel,
+    RTDetrImageProcessor,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..data import Augmentation, DetectionDataset, check_dataset, load_detection_dataset, split_off_validation
+from ..data import (
+    Augmentation,
+    DetectionDataset,
+    check_dataset,
+    input_size,
+    load_detection_dataset,
+    split_off_validation,
+)
 from ..students import load_backbone_weights
 from .arguments import DataArguments, ModelArguments
-
 
 SPLIT_SEED = 0
 """The validation split must not change with the seed of a run."""
@@ -37,7 +49,7 @@ def load_data(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Data:
-    """Load, check and split a data set; what the checks found is said."""
+    """Load, check and split a data set; what the checks found is said. `augment` adds the augmentation."""
     splits = load_detection_dataset(
         arguments.dataset_name,
         config_name=arguments.dataset_config_name,
@@ -69,14 +81,22 @@ def load_data(
     }
     checked, report = check_dataset(datasets.DatasetDict(used), strict=arguments.strict)
     say(str(report))
-    augmentation = Augmentation(
-        flip=arguments.flip, scale=tuple(arguments.scale), crop=arguments.crop, photometric=arguments.photometric
-    )
     return Data(
-        train=DetectionDataset(checked[train], augmentation, seed=seed),
+        train=DetectionDataset(checked[train], seed=seed),
         validation=DetectionDataset(checked[validation]),
         test=DetectionDataset(checked[test]),
         test_split=test,
+    )
+
+
+def augment(data: Data, arguments: DataArguments, *processors: BaseImageProcessor | None) -> None:
+    """Have the training split augmented, at the size that all the image processors want where they agree on one."""
+    data.train.augmentation = Augmentation(
+        flip=arguments.flip,
+        scale=tuple(arguments.scale),
+        crop=arguments.crop,
+        photometric=arguments.photometric,
+        size=input_size(*processors),
     )
 
 
@@ -103,7 +123,9 @@ def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -
         config.label2id = {name: i for i, name in id2label.items()}
     if arguments.model_name_or_path is not None:
         if arguments.backbone_weights is not None:
-            raise ValueError("--backbone_weights goes with --config_name; a checkpoint has its backbone's weights already.")
+            raise ValueError(
+                "--backbone_weights goes with --config_name; a checkpoint has its backbone's weights already."
+            )
         return AutoModelForObjectDetection.from_pretrained(
             arguments.model_name_or_path, config=config, ignore_mismatched_sizes=not same, **hub
         )

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..view import AttentionMaps, Classification, DetrView, Queries
+from ..view import Classification, DetrView, Queries
 from . import capture
 from .capture import DecoderCall
+from .classes import checked_classes, keep_classes
 from .references import at_least_float32, nearest, reference_logit
 
 
@@ -56,7 +57,7 @@ class FamilyAdapter:
         self.base = model.model  # RT-DETR of transformers 5.17 has no `base_model`
         self.decoder = self.base.decoder
         self._check_model()
-        self.classes = self._check_classes(classes)
+        self.classes = checked_classes(classes, model.config.num_labels)
         self._call: DecoderCall | None = None
 
     # ---------------------------------------------------------------------------------------- what methods ask for
@@ -356,13 +357,15 @@ class FamilyAdapter:
         hidden, logits, boxes = predictions
         arguments, mask = call.arguments, self.memory_mask_argument
         shapes = arguments.get("spatial_shapes_list") or [call.features[-1].shape[-2:]]
-        self_attentions, cross_attentions = self._attention_maps(call, part) if attentions else (None, None)
+        among_queries = capture.self_attentions(call, part) if attentions else None
+        levels = self.sampling_levels() if self.sampled else None
+        to_memory = capture.cross_attentions(call, part, levels) if attentions else None
         of_queries = {"inputs_embeds", self.position_argument, self.mask_argument}
         arguments = {name: x for name, x in arguments.items() if name not in of_queries}
         if self.reference_argument:
             arguments[self.reference_argument] = arguments[self.reference_argument][:, part]
         return DetrView(
-            logits=self._keep_classes(logits),
+            logits=keep_classes(logits, self.classes, self.classification),
             boxes=boxes,
             hidden_states=hidden,
             classification=self.classification,
@@ -371,30 +374,11 @@ class FamilyAdapter:
             memory_shapes=tuple((int(height), int(width)) for height, width in shapes),
             memory_mask=arguments[mask].bool() if mask else None,
             features=call.features,
-            self_attentions=self_attentions,
-            cross_attentions=cross_attentions,
+            self_attentions=among_queries,
+            cross_attentions=to_memory,
             adapter=self,
             decoder_arguments=arguments,
         )
-
-    def _attention_maps(self, call: DecoderCall, part: slice) -> tuple[AttentionMaps, AttentionMaps]:
-        batch = len(call.arguments["inputs_embeds"])
-        # Group DETR stacks its groups along the batch, the model's own first
-        among_queries = AttentionMaps("dense", tuple(w[:batch, :, part, part] for w in call.self_attentions))
-        if not self.sampled:
-            return among_queries, AttentionMaps("dense", tuple(w[:, :, part] for w in call.cross_attentions))
-        weights = tuple(w[:, part].flatten(3) for w in call.cross_attentions)
-        locations = tuple(x[:, part].flatten(3, -2) for x in call.locations)
-        return among_queries, AttentionMaps("sampled", weights, locations, self.sampling_levels())
-
-    def _keep_classes(self, logits: Tensor) -> Tensor:
-        if self.classes is None:
-            return logits
-        kept = logits[..., self.classes]
-        if self.classification == "sigmoid":
-            return kept
-        others = [c for c in range(logits.shape[-1]) if c not in self.classes]  # no-object among them
-        return torch.cat([kept, logits[..., others].logsumexp(-1, keepdim=True)], dim=-1)
 
     def _checkpointing(self) -> bool:
         return any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.decoder.layers)
@@ -420,16 +404,6 @@ class FamilyAdapter:
                 "gives none: the backward pass would compute the layers again by another function. Load the model "
                 "with attn_implementation='eager', or switch checkpointing off."
             )
-
-    def _check_classes(self, classes: Sequence[int] | None) -> list[int] | None:
-        if classes is None:
-            return None
-        classes, number = [int(c) for c in classes], self.model.config.num_labels
-        if not classes or len(set(classes)) < len(classes) or not all(0 <= c < number for c in classes):
-            raise ValueError(
-                f"`classes` is {classes}; it must hold different indices of the model's {number} classes, at least one."
-            )
-        return classes
 
     def _check_queries(self, view: DetrView, queries: Queries) -> Queries:
         sizes = {"content": self.width}

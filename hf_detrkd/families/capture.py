@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
+from ..view import AttentionMaps
+
 
 @dataclass
 class DecoderCall:
@@ -69,6 +71,22 @@ def keep_locations(stack: ExitStack, call: DecoderCall, layers: Iterable[nn.Modu
 
     for layer in layers:
         stack.callback(getattr(layer, cross_attention).attn.register_forward_pre_hook(keep).remove)
+
+
+def self_attentions(call: DecoderCall, part: slice) -> AttentionMaps:
+    """The maps among some of the queries of a call."""
+    batch = len(call.arguments["inputs_embeds"])
+    # Group DETR stacks its groups along the batch, the model's own first
+    return AttentionMaps("dense", tuple(weights[:batch, :, part, part] for weights in call.self_attentions))
+
+
+def cross_attentions(call: DecoderCall, part: slice, levels: tuple[int, ...] | None) -> AttentionMaps:
+    """The maps between some of the queries of a call and its memory; ``levels`` of the points where it is sampled."""
+    if levels is None:
+        return AttentionMaps("dense", tuple(weights[:, :, part] for weights in call.cross_attentions))
+    weights = tuple(weights[:, part].flatten(3) for weights in call.cross_attentions)
+    locations = tuple(points[:, part].flatten(3, -2) for points in call.locations)
+    return AttentionMaps("sampled", weights, locations, levels)
 
 
 def mask_self_attention(stack: ExitStack, layers: Iterable[nn.Module], mask: Tensor) -> None:

@@ -44,7 +44,9 @@ def build_methods(
             f"`method_config` has settings for {unknown}, but the methods of this run are {list(names)}; "
             "with several methods it must be a dict by method name."
         )
-    return [METHODS[name](configure(METHODS[name].config_class, settings.get(name)), student, teacher) for name in names]
+    return [
+        METHODS[name](configure(METHODS[name].config_class, settings.get(name)), student, teacher) for name in names
+    ]
 
 
 __all__ = [

@@ -41,7 +41,10 @@ class DistillationMethod(nn.Module):
 
     def __init__(self, config, student: FamilyAdapter, teacher: FamilyAdapter):
         super().__init__()
-        for role, adapter, needs in (("student", student, self.needs_student), ("teacher", teacher, self.needs_teacher)):
+        for role, adapter, needs in (
+            ("student", student, self.needs_student),
+            ("teacher", teacher, self.needs_teacher),
+        ):
             missing = sorted(needs - adapter.provides)
             if missing:
                 raise ValueError(
@@ -95,8 +98,12 @@ def configure(config_class: type, given: Mapping[str, Any] | None):
     for name, value in weights.items():
         _check_type(f"weights.{name}", value, 0.0)
         if not 0 <= value < math.inf:
-            raise ValueError(f"`weights` has {value} for `{name}`; a weight must be 0 or more, and 0 leaves the term out.")
-    return replace(config, **given, weights={**config.weights, **{name: float(value) for name, value in weights.items()}})
+            raise ValueError(
+                f"`weights` has {value} for `{name}`; a weight must be 0 or more, and 0 leaves the term out."
+            )
+    return replace(
+        config, **given, weights={**config.weights, **{name: float(value) for name, value in weights.items()}}
+    )
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:

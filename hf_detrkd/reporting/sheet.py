@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from torchvision.ops import box_iou
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -231,9 +232,9 @@ def _outcome(axes, row: SheetRow, detections, outcome: Outcome, class_names: Map
 
 def _box(axes: Axes, box: Sequence[float], text: str, kind: Kind) -> None:
     x1, y1, x2, y2 = box
-    axes.add_patch(
-        Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=kind.color, linestyle=kind.style, linewidth=1.6)
-    )
+    casing = withStroke(linewidth=3, foreground=kind.text, alpha=0.6)  # lines stand out from any background
+    line = {"edgecolor": kind.color, "linestyle": kind.style, "linewidth": 1.6, "path_effects": [casing]}
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **line))
     if text:
         height = axes.get_ylim()[0]
         above = y1 > 0.06 * height  # room for the text above the box

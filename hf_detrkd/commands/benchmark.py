@@ -1,0 +1,262 @@
+"""What a training step costs, measured in pairs.
+
+    python scripts/benchmark.py task-loss                     transformers' matching against all layers at once
+    python scripts/benchmark.py step --method kd_detr         a distillation step against the sum of what it can't avoid
+    python scripts/benchmark.py step --student CONFIG_OR_FOLDER --teacher CONFIG_OR_FOLDER --image_size 320
+
+The two sides of a pair run in turn (A B A B ...), so a machine whose speed drifts does no harm; the figures are medians,
+that of a ratio is the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedModel
+
+from ..families import adapter_for
+from ..labels import LabelMap
+from ..losses.detection import task_loss
+from ..methods import METHODS, build_methods
+from ..methods.kd_detr import KDDetr
+from ..model import DistillationModel
+from ..sampling import random_queries, teacher_queries
+from ..view import DetrView
+from .setup import write_json
+
+MODELS = Path(__file__).parents[2] / "scripts" / "recipes" / "models"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command. Prints a table; returns and, with ``--output``, writes the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "task-loss", "memory"))
+    parser.add_argument("--method", default="kd_detr", choices=["none", *METHODS])
+    parser.add_argument("--method_config", type=json.loads, default=None)
+    parser.add_argument("--student", default=str(MODELS / "rt_detr_mobilenetv2_student.json"))
+    parser.add_argument("--teacher", default=str(MODELS / "rt_detr_mobilenetv2_teacher.json"))
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--image_size", type=int, default=160)
+    parser.add_argument("--objects", type=int, default=12, help="per image")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--families", nargs="+", default=["detr", "deformable_detr", "rt_detr"], help="of task-loss")
+    parser.add_argument("--output", help="JSON file for the numbers")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "step":
+        rows = step_rows(arguments) + peak_memory_rows(arguments)
+    elif arguments.what == "memory":
+        rows = memory(arguments)
+    else:
+        rows = [task_loss_row(family, arguments.rounds) for family in arguments.families]
+    results = {
+        "what": arguments.what,
+        "settings": vars(arguments),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    for row in rows:
+        print(
+            "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{value}" for name, value in row.items())
+        )
+    if arguments.output:
+        write_json(results, arguments.output)
+    return results
+
+
+def paired(one: Callable[[], Any], other: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of two functions and the median of the ratios one / other, after one warm-up of each."""
+    one(), other()
+    seconds = [(_seconds(one), _seconds(other)) for _ in range(rounds)]
+    ratios = [a / b for a, b in seconds]
+    return (*(statistics.median(column) for column in zip(*seconds, strict=True)), statistics.median(ratios))
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# -- the task loss ---------------------------------------------------------------------------------------------------
+
+
+def task_loss_row(family: str, rounds: int) -> dict[str, Any]:
+    """transformers' own loss of six layers, 300 queries, 80 classes, 8 images of 20 objects, with its matching and ours.
+
+    The loss function is timed alone, on the arguments that a forward pass of a model with random weights gives it.
+    """
+    config = AutoConfig.for_model(family, num_labels=80, num_queries=300, decoder_layers=6, auxiliary_loss=True)
+    model = AutoModelForObjectDetection.from_config(config)
+    adapter = adapter_for(model)
+    calls: list[tuple[tuple, dict]] = []
+    original = model.loss_function
+
+    def keep(*args, **kwargs):
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    model.loss_function = keep
+    with torch.no_grad():
+        model.eval()(**random_batch(8, 128, objects=20, classes=80))
+    model.loss_function = original
+    args, kwargs = calls[0]
+
+    def theirs() -> Tensor:
+        return model.loss_function(*args, **kwargs)[0]
+
+    def ours() -> Tensor:
+        with task_loss(adapter, per_layer=False):
+            return model.loss_function(*args, **kwargs)[0]
+
+    if not torch.equal(theirs(), ours()):
+        raise RuntimeError(f"the two losses of {family} differ: {theirs().item()} and {ours().item()}")
+    slow, fast, ratio = paired(theirs, ours, rounds)
+    return {"family": family, "transformers_s": slow, "hf_detrkd_s": fast, "speedup": ratio}
+
+
+# -- the step --------------------------------------------------------------------------------------------------------
+
+
+def step_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step of `DistillationModel` against student step + teacher forward + the method's decoder passes, run by hand.
+
+    Both sides use the task loss with all layers matched at once. What is left over is what the views, the matching and
+    the losses of the method cost. The second row is the whole step beside a plain student step by transformers.
+    """
+    student, teacher = build(arguments.student), build(arguments.teacher)
+    labels = LabelMap.between(teacher.config.id2label, student.config.id2label)
+    adapters = adapter_for(student, labels.student_classes), adapter_for(teacher, labels.teacher_classes)
+    methods = build_methods([arguments.method], arguments.method_config, *adapters)
+    model = DistillationModel(student, adapters[0], methods, layer_supervision=False).train()
+    batch = random_batch(arguments.batch_size, arguments.image_size, arguments.objects, student.config.num_labels)
+    pixels = {"pixel_values": batch["pixel_values"]}
+
+    def look() -> DetrView:
+        with torch.no_grad():
+            return adapters[1].forward(pixels)[1]
+
+    def whole() -> None:
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(0)
+        model(**batch, teacher_view=look(), generator=generator)["loss"].backward()
+
+    def unavoidable() -> None:
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(0)
+        seen = look()
+        with task_loss(adapters[0], per_layer=False):
+            output, view = adapters[0].forward(batch)
+        loss = output.loss
+        for reply in decoder_passes(methods[0], view, seen, generator):
+            loss = loss + 1e-3 * (reply.logits.mean() + reply.boxes.mean())
+        loss.backward()
+
+    def plain() -> None:
+        model.zero_grad()
+        student(**batch).loss.backward()
+
+    ours, floor, overhead = paired(whole, unavoidable, arguments.rounds)
+    rows = [{"pair": "step / unavoidable parts", "step_s": ours, "parts_s": floor, "ratio": overhead}]
+    ours, floor, cost = paired(whole, plain, arguments.rounds)
+    return [*rows, {"pair": "step / plain student step", "step_s": ours, "parts_s": floor, "ratio": cost}]
+
+
+def decoder_passes(method, student: DetrView, teacher: DetrView, generator: torch.Generator) -> tuple[DetrView, ...]:
+    """The replays that a method asks for, without its losses; none for methods on the models' own predictions."""
+    if not isinstance(method, KDDetr):
+        return ()
+    points = []
+    if "specific" in method.groups:
+        points.append(teacher_queries(student, teacher, method.specific))
+    if "general" in method.groups:
+        points.append(random_queries(student, teacher, method.general, method.config.general_points, generator))
+        with torch.no_grad():
+            teacher.replay(points[-1].teacher)
+    replies = student.replay(*(p.student for p in points))
+    return replies if len(points) > 1 else (replies,)
+
+
+def peak_memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak memory of a process that runs plain steps, and of one that runs distillation steps."""
+    rows = []
+    for what in ("none", arguments.method):
+        command = [sys.executable, "-m", "hf_detrkd.commands.benchmark", "memory", "--method", what]
+        for name in ("student", "teacher", "batch_size", "image_size", "objects"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        if arguments.method_config and what != "none":
+            command += ["--method_config", json.dumps(arguments.method_config)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append({"method": what, "peak_memory_MiB": float(printed.split()[-1])})
+    return rows
+
+
+def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Three steps in this process, and its peak memory: resident on the CPU, allocated on a GPU."""
+    student = build(arguments.student)
+    adapter = adapter_for(student)
+    methods, look = [], None
+    if arguments.method != "none":
+        teacher = adapter_for(build(arguments.teacher))
+        methods = build_methods([arguments.method], arguments.method_config, adapter, teacher)
+    model = DistillationModel(student, adapter, methods, layer_supervision=False).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = random_batch(arguments.batch_size, arguments.image_size, arguments.objects, student.config.num_labels)
+    for _ in range(3):
+        if methods:
+            with torch.no_grad():
+                look = teacher.forward({"pixel_values": batch["pixel_values"]})[1]
+        model(**batch, teacher_view=look, generator=torch.Generator())["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+    return [{"method": arguments.method, "peak_memory_MiB": peak}]
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def build(place: str) -> PreTrainedModel:
+    """A detector from a config file with random weights, or from a checkpoint; on the GPU where there is one."""
+    if place.endswith(".json"):
+        model = AutoModelForObjectDetection.from_config(AutoConfig.from_pretrained(place))
+    else:
+        model = AutoModelForObjectDetection.from_pretrained(place)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def random_batch(size: int, pixels: int, objects: int, classes: int) -> dict[str, Any]:
+    """Random images and targets."""
+    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def boxes() -> Tensor:
+        centre, extent = torch.rand(2, objects, 2, generator=generator)
+        return torch.cat([centre * 0.6 + 0.2, extent * 0.3 + 0.05], dim=-1).to(device)
+
+    def label() -> dict[str, Tensor]:
+        class_labels = torch.randint(0, classes, (objects,), generator=generator)
+        return {"class_labels": class_labels.to(device), "boxes": boxes()}
+
+    images = torch.randn(size, 3, pixels, pixels, generator=generator).to(device)
+    return {"pixel_values": images, "labels": [label() for _ in range(size)]}
+
+
+if __name__ == "__main__":
+    main()
