@@ -93,9 +93,8 @@ class DistillationConfig(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches; only of use with a GPU."}
     )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bf16 autocast; by default on CUDA devices that support it."}
-    )
+    # Not `bool | None`: HfArgumentParser would then refuse a bare --bf16.
+    bf16: bool = field(default=None, metadata={"help": "bf16 autocast; by default on CUDA devices that support it."})
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -106,9 +105,10 @@ class DistillationConfig(TrainingArguments):
         self.method_config = _json_object("method_config", self.method_config)
         self.teacher_model_init_kwargs = _json_object("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
         super().__post_init__()
-        for name in ("detection_weight", "kd_weight", "kd_warmup_steps", "kd_stop", "backbone_lr_factor"):
+        factors, steps = ("detection_weight", "kd_weight", "backbone_lr_factor"), ("kd_warmup_steps", "kd_stop")
+        for name in (*factors, *steps, "gradient_share_steps"):
             value = getattr(self, name)
-            if value < 0:
+            if not value >= 0:  # NaN neither
                 raise ValueError(f"`{name}` is {value}; it must be 0 or more.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be in [0, 1), and 0 means no moving average.")
@@ -145,6 +145,8 @@ def _method_names(method: str | list[str]) -> list[str]:
     """``"a"``, ``"a,b"`` and ``["a", "b"]`` as a list of names."""
     names = method.split(",") if isinstance(method, str) else [part for item in method for part in item.split(",")]
     names = [name.strip() for name in names]
+    if not names or "" in names:
+        raise ValueError(f"`method` is {method!r}; name a method, or `none` for no distillation.")
     if "none" in names and len(names) > 1:
         raise ValueError(f"`method` is {names}: `none` means no distillation and can't be combined.")
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -154,12 +156,12 @@ def _method_names(method: str | list[str]) -> list[str]:
 
 
 def _json_object(name: str, value: dict | str | None) -> dict | None:
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` is not JSON ({error}): {value}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f'`{name}` must be a JSON object such as {{"temperature": 2}}, got: {value}')
+    parsed = value
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` is not JSON ({error}): {value}") from error
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ValueError(f'`{name}` must be a dict or a JSON object such as {{"temperature": 2}}, got: {value}')
     return parsed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -25,18 +26,25 @@ def load_backbone_weights(model: PreTrainedModel, file: str) -> int:
     """
     weights, state = load_file(file), model.state_dict()
     places = Counter(name.removesuffix(key) for name in state for key in weights if name.endswith("." + key))
-    place = max(places, key=places.get, default="")
-    backbone = {name: value for name, value in state.items() if place and name.startswith(place)}
+    if not places:
+        raise ValueError(
+            f"{file} doesn't fit {type(model).__name__}: no tensor of the model ends with a name of the file, such as "
+            f"{sorted(weights)[:3]}. It must have the names of the backbone itself, without what a detector puts before."
+        )
+    place = max(places, key=places.get)
+    backbone = {name: value for name, value in state.items() if name.startswith(place)}
     fitting = {
         name: weights[name.removeprefix(place)]
         for name, value in backbone.items()
         if name.removeprefix(place) in weights and weights[name.removeprefix(place)].shape == value.shape
     }
-    missing = sorted(backbone.keys() - fitting.keys())
-    if missing or not fitting:
+    # BatchNorm's counters change nothing here, and not every file has them
+    missing = sorted(name for name in backbone.keys() - fitting.keys() if not name.endswith(".num_batches_tracked"))
+    if missing:
         raise ValueError(
-            f"{file} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of its {len(backbone)} tensors are "
-            f"not in the file with their name and shape, the first are {missing[:3]}. Is it another network or width?"
+            f"{file} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of its {len(backbone)} tensors "
+            f"are not in the file with their name and shape, the first are {missing[:3]}. Is it another network or "
+            "another width?"
         )
     model.load_state_dict(fitting, strict=False)
     return len(fitting)
@@ -45,7 +53,8 @@ def load_backbone_weights(model: PreTrainedModel, file: str) -> int:
 def inherit(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
     """Copy every tensor of the teacher that the student has under the same name and in the same shape.
 
-    Of a deeper teacher these are its first layers. Use it for the student *and* its twin.
+    Of a deeper teacher these are its first layers. Where the two have other classes, or the same in another order, the
+    class heads and the embeddings of classes are left as they are. Use it for the student *and* its twin.
 
     Returns:
         the number of tensors copied.
@@ -56,5 +65,17 @@ def inherit(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
         for name, value in student.state_dict().items()
         if name in source and source[name].shape == value.shape
     }
+    if _classes(student) != _classes(teacher):
+        fitting = {name: value for name, value in fitting.items() if not _has_classes(name, value, student)}
     student.load_state_dict(fitting, strict=False)
     return len(fitting)
+
+
+def _classes(model: PreTrainedModel) -> dict[int, str]:
+    return {int(index): name for index, name in model.config.id2label.items()}  # a config read from JSON has strings
+
+
+def _has_classes(name: str, value: Tensor, model: PreTrainedModel) -> bool:
+    """Whether a tensor has a row per class: every family calls these "class..." or "...score_head"."""
+    rows = (model.config.num_labels, model.config.num_labels + 1)  # with no-object
+    return value.dim() > 0 and value.shape[0] in rows and ("class" in name or "score_head" in name)

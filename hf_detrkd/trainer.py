@@ -264,6 +264,8 @@ class DistillationTrainer(Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """Evaluates the moving average where there is one."""
+        if isinstance(self.compute_metrics, StreamingCocoMetrics):
+            self.compute_metrics.reset()  # an evaluation that was broken off leaves its images behind
         with ExitStack() as stack:
             if self.ema is not None:
                 stack.enter_context(self.ema.applied())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def parse(dataclasses: Sequence[type], argv: Sequence[str] | None = None, descri
     )
     parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these flags; flags override it.")
     values = {} if recipe.config is None else read_recipe(recipe.config)
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} - {"help", "config"}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{recipe.config}: unknown settings {unknown}. `--help` lists the known ones.")
@@ -116,12 +117,10 @@ def read_recipe(path: str) -> dict:
 
 
 def _flag(name: str, value) -> list[str]:
+    """As the user would type it; nothing for null."""
     if value is None:
         return []
-    if isinstance(value, dict):
-        import json
-
-        return [f"--{name}", json.dumps(value)]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", str(value)]
+    # In one word, so that a value may begin with a hyphen
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -105,6 +105,7 @@ def distill(
                 data.test,
                 batch_size=args.per_device_eval_batch_size,
                 num_workers=args.dataloader_num_workers,
+                mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
             ),
         }
         say(f"teacher on {data.test_split}: AP {100 * results['teacher']['test']['map']:.1f}")

@@ -24,6 +24,7 @@ def evaluate_detector(
     batch_size: int = 8,
     num_workers: int = 0,
     backend: str = "auto",
+    mixed_precision: str = "no",
 ) -> dict[str, float]:
     """COCO metrics of a detector on a data set, streamed, on any number of processes.
 
@@ -33,11 +34,13 @@ def evaluate_detector(
         model: any `AutoModelForObjectDetection`.
         image_processor: its own.
         dataset: a `DetectionDataset`.
+        mixed_precision: of the training that shares this process, if any: accelerate refuses to change it. The detector
+            itself is measured in the precision of its weights.
 
     Returns:
         ``map``, ``map_50``, ... and ``map_<class>``, in [0, 1].
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=mixed_precision)
     lookup = label_lookup(model, dataset.id2label).to(accelerator.device)
     loader = DataLoader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=DetectionCollator(image_processor)

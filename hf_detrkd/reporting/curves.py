@@ -37,7 +37,7 @@ PANELS = (
 )
 
 
-def plot_curves(histories: Mapping[str, History], path: str | Path) -> None:
+def plot_curves(histories: Mapping[str, History], path: str | Path) -> bool:
     """Writes a PNG with losses, distillation terms and AP against the optimisation step.
 
     A colour is a run, a line style a quantity. A panel without a value is left out.
@@ -47,21 +47,19 @@ def plot_curves(histories: Mapping[str, History], path: str | Path) -> None:
             ``detection_loss``, ``kd_<term>``, ``gradient_share_kd``, ``eval_loss``, ``eval_map``, ``eval_map_50``.
         path: of the picture; its folder is made.
 
-    Raises:
-        ValueError: if the histories have nothing to draw.
+    Returns:
+        whether there was something to draw; a run shorter than its ``logging_steps`` has logged nothing.
     """
     drawn = [(panel, series) for panel in PANELS if (series := series_of(histories, panel))]
     if not drawn:
-        raise ValueError(
-            f"The log histories of {list(histories)} have no losses and no metrics to draw. They are what "
-            "`trainer.state.log_history` holds after training with `logging_steps` or `eval_strategy` set."
-        )
+        return False
     # A Figure of its own, without pyplot: no display is needed and no global state is touched.
     figure = Figure(figsize=(5.2 * len(drawn), 4), layout="constrained")
     for axes, (panel, series) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw(axes, panel, series, list(histories))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    return True
 
 
 def series_of(histories: Mapping[str, History], panel: Panel) -> Series:

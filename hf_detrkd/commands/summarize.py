@@ -1,0 +1,93 @@
+"""Runs of one recipe over several seeds as a table: mean, spread and gain over the twin.
+
+    python scripts/summarize.py runs/bccd/seed*/results.json --output docs/results/bccd_kd_detr
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..reporting.table import text_table
+from .setup import write_json
+
+METRICS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command. Prints the table; with ``--output`` writes it as .md and the numbers as .json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", help="results.json of runs with --with_twin, one per seed")
+    parser.add_argument("--output", help="file name without suffix")
+    arguments = parser.parse_args(argv)
+    runs = [json.loads(Path(path).read_text()) for path in arguments.results]
+    lacking = [path for path, run in zip(arguments.results, runs, strict=True) if not (run["twin"] and run["teacher"])]
+    if lacking:
+        raise ValueError(f"{lacking} have no twin or no teacher: run distill.py with --with_twin true.")
+    summary = summarize(runs)
+    table = text_table(["AP in points", *METRICS], rows(summary), markdown=True)
+    print(table)
+    if arguments.output:
+        write_json(summary, f"{arguments.output}.json")
+        seeds = ", ".join(map(str, summary["seeds"]))
+        Path(f"{arguments.output}.md").write_text(
+            f"Method {summary['method']}, seeds {seeds}, {summary['steps']} steps, {summary['dataset']}, test split; "
+            "mean ± standard deviation over the seeds, and the gain as the mean of the differences with its smallest and "
+            f"largest.\n\n{table}\n\nStudent: {summary['student_parameters'] / 1e6:.2f} M parameters, teacher: "
+            f"{summary['teacher_parameters'] / 1e6:.2f} M. A distilled step takes {summary['time_ratio']:.2f} times the "
+            "twin's.\n"
+        )
+    return summary
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, spread and gains of runs that differ in their seed only."""
+    config = [run["settings"]["DistillationConfig"] for run in runs]
+
+    def points(role: str, metric: str) -> list[float]:
+        return [100 * run[role]["test"][metric] for run in runs if metric in run[role]["test"]]
+
+    gains = {
+        metric: [a - b for a, b in zip(points("student", metric), points("twin", metric), strict=True)]
+        for metric in METRICS
+    }
+    return {
+        "dataset": runs[0]["settings"]["DataArguments"]["dataset_name"],
+        "method": runs[0]["student"]["method"],
+        "seeds": [c["seed"] for c in config],
+        "steps": runs[0]["student"]["steps"],
+        "student_parameters": runs[0]["student"]["parameters"],
+        "teacher_parameters": runs[0]["teacher"]["parameters"],
+        "time_ratio": statistics.mean(run["student"]["train_seconds"] / run["twin"]["train_seconds"] for run in runs),
+        "teacher": {metric: points("teacher", metric)[0] for metric in METRICS if points("teacher", metric)},
+        "twin": {metric: points("twin", metric) for metric in METRICS},
+        "student": {metric: points("student", metric) for metric in METRICS},
+        "gain": gains,
+        "versions": runs[0]["versions"],
+    }
+
+
+def rows(summary: dict[str, Any]) -> list[list[str]]:
+    """The lines of the table."""
+
+    def spread(values: list[float]) -> str:
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{deviation}" if values else "-"
+
+    def gain(values: list[float]) -> str:
+        return f"{statistics.mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})" if values else "-"
+
+    return [
+        ["teacher", *(spread([summary["teacher"][m]] if m in summary["teacher"] else []) for m in METRICS)],
+        ["twin", *(spread(summary["twin"][m]) for m in METRICS)],
+        ["student", *(spread(summary["student"][m]) for m in METRICS)],
+        ["gain", *(gain(summary["gain"][m]) for m in METRICS)],
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The command line: what a user types, and what lies in the output folder afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from scenes import processor
+from transformers import AutoModelForObjectDetection
+
+from hf_detrkd.commands import distill, evaluate, finetune
+from hf_detrkd.commands.distill import checkpoint_to_resume, last_complete_checkpoint
+
+SHAPES = f"shapes:train=8,validation=3,test=3,size={zoo.SIZE}"
+NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
+QUICK = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
+QUICK += ["--per_device_eval_batch_size", "2", "--dataset_name", SHAPES, "--save_strategy", "steps"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HF_DETRKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def save(folder: Path, names: list[str], **overrides) -> str:
+    """A tiny detector of these classes with its image processor."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = zoo.build("rt_detr", classes=len(names), **overrides)
+    model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_finetune_distill_evaluate(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    zoo.config("rt_detr", classes=2).to_json_file(config)
+    teacher = str(tmp_path / "teacher")
+    finetune.main(
+        ["--config_name", str(config), "--image_size", str(zoo.SIZE), "--output_dir", teacher, "--max_steps", "2", *QUICK]
+    )
+    trained = AutoModelForObjectDetection.from_pretrained(teacher)
+    assert list(trained.config.id2label.values()) == NAMES  # the data set's classes, not the config's
+
+    # another class list: two classes the data set doesn't have, the rest in another order
+    student = save(tmp_path / "student", NAMES, decoder_layers=2)
+    other = save(tmp_path / "other_teacher", ["hexagon", *reversed(NAMES), "spiral"])
+    output = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: kd_detr\nmethod_config: {general_points: 4}\nwith_twin: true\nmax_steps: 100\n")
+    arguments = ["--config", str(recipe), "--teacher_model_name_or_path", other, "--model_name_or_path", student]
+    capsys.readouterr()
+    results = distill.main([*arguments, "--output_dir", str(output), "--max_steps", "2", "--logging_steps", "1", *QUICK])
+    printed = capsys.readouterr().out
+    assert "twin" in printed and "student" in printed and "specific_l1" in printed
+
+    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results, default=str))
+    assert results["student"]["method"] == "kd_detr" and results["twin"]["method"] == "none"
+    assert results["student"]["steps"] == results["twin"]["steps"] == 2  # the flag overrides the recipe
+    assert set(results["teacher"]["test"]) >= {"map", "map_50"}
+    for name in ("curves.png", "sheet.png", "config.json", "model.safetensors", "preprocessor_config.json"):
+        assert (output / name).stat().st_size > 0
+    assert (output / "twin" / "model.safetensors").exists()
+    saved = AutoModelForObjectDetection.from_pretrained(output)
+    assert list(saved.config.id2label.values()) == NAMES
+
+    measured = evaluate.main(
+        ["--model_name_or_path", str(output), "--dataset_name", SHAPES, "--num_workers", "0", "--batch_size", "2"]
+    )
+    for name, value in measured["metrics"].items():
+        assert value == pytest.approx(results["student"]["test"][name], abs=1e-4)
+
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
+        distill.main([*arguments, "--output_dir", str(output), *QUICK])
+
+
+def test_twin_and_student_start_alike_and_see_the_same_data(tmp_path, monkeypatch):
+    student = save(tmp_path / "student", NAMES, decoder_layers=2)
+    started, seen = [], []
+    train = distill.train
+
+    def spy(model, args, data, *rest):
+        started.append({name: value.clone() for name, value in model.state_dict().items()})
+        seen.append([])
+        original = type(data.train).__getitem__
+        monkeypatch.setattr(
+            type(data.train),
+            "__getitem__",
+            lambda self, index: seen[-1].append((index, self.epoch)) or original(self, index),
+        )
+        return train(model, args, data, *rest)
+
+    monkeypatch.setattr(distill, "train", spy)
+    flags = ["--teacher_model_name_or_path", save(tmp_path / "teacher", NAMES), "--model_name_or_path", student]
+    flags += ["--method", "logit_kd", "--with_twin", "true", "--max_steps", "6", "--sheet_images", "0"]
+    distill.main([*flags, "--output_dir", str(tmp_path / "run"), *QUICK])
+    assert started[0].keys() == started[1].keys()
+    assert all(torch.equal(started[0][name], started[1][name]) for name in started[0])
+    order = [[index for index, _ in run] for run in seen]
+    # the second spy wraps the first: both lists hold the twin's run
+    assert order[0][: len(order[1])] == order[1][: len(order[0])]
+
+
+def test_resume_choices(tmp_path):
+    assert checkpoint_to_resume(None, tmp_path) is None
+    assert checkpoint_to_resume("true", tmp_path) is None
+    for step, complete in ((2, True), (10, True), (12, False)):  # 12 was cut off while it was written
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert checkpoint_to_resume("true", tmp_path) == str(tmp_path / "checkpoint-10")
+    assert checkpoint_to_resume("somewhere/checkpoint-1", tmp_path) == "somewhere/checkpoint-1"
+    assert checkpoint_to_resume("false", tmp_path) is None
+    with pytest.raises(ValueError, match="earlier run"):
+        checkpoint_to_resume(None, tmp_path)
+
+
+def test_killed_run_resumes_to_the_same_parameters(tmp_path):
+    """kill -9 in mid-epoch (4 steps an epoch, checkpoint at 2), through accelerate launch."""
+    teacher, student = save(tmp_path / "teacher", NAMES), save(tmp_path / "student", NAMES, decoder_layers=2)
+    script = Path(__file__).parents[1] / "scripts" / "distill.py"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(script), *QUICK]
+    command += ["--teacher_model_name_or_path", teacher, "--model_name_or_path", student, "--method", "logit_kd"]
+    command += ["--max_steps", "7", "--save_steps", "2", "--sheet_images", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path, *more: str) -> subprocess.Popen:
+        arguments = [*command, "--output_dir", str(folder), *more]
+        return subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(timeout=280) == 0, whole.stderr.read().decode()[-2000:]
+    killed = start(tmp_path / "killed")
+    deadline = time.monotonic() + 200
+    while last_complete_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert last_complete_checkpoint(tmp_path / "killed") is not None
+    resumed = start(tmp_path / "killed", "--resume_from_checkpoint", "true")
+    assert resumed.wait(timeout=280) == 0, resumed.stderr.read().decode()[-2000:]
+    states = [
+        AutoModelForObjectDetection.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed")
+    ]
+    different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert not different

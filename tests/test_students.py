@@ -1,0 +1,165 @@
+"""Weights a student starts from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import save_file
+
+from hf_detrkd.students import inherit, load_backbone_weights
+
+PLACES = {"detr": "model.backbone.model.", "rt_detr": "model.backbone.model."}
+
+
+def backbone_place(model) -> str:
+    """What stands before the backbone's own names."""
+    (name,) = [n for n in model.state_dict() if n.endswith("embedder.embedder.convolution.weight")] or [
+        next(n for n in model.state_dict() if n.endswith("embedder.0.convolution.weight"))
+    ]
+    return name[: name.index("embedder")]
+
+
+def backbone_file(tmp_path, model, **changes) -> tuple[str, dict]:
+    """The backbone's tensors, all random, under its own names; ``None`` leaves one out."""
+    place = backbone_place(model)
+    weights = {
+        name.removeprefix(place): torch.rand_like(value.float()).to(value.dtype) + 1
+        for name, value in model.state_dict().items()
+        if name.startswith(place)
+    }
+    weights |= changes
+    weights = {name: value for name, value in weights.items() if value is not None}
+    path = tmp_path / "backbone.safetensors"
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    return str(path), weights
+
+
+def some_name(model, part: str = "weight") -> str:
+    place = backbone_place(model)
+    return next(n.removeprefix(place) for n in model.state_dict() if n.startswith(place) and n.endswith(part))
+
+
+@pytest.mark.parametrize("name", ["detr", "deformable_detr", "rt_detr"])
+def test_backbone(name, tmp_path):
+    """Every tensor of the backbone has the file's value, and nothing else moved."""
+    model = zoo.build(name)
+    before = copy.deepcopy(model.state_dict())
+    file, weights = backbone_file(tmp_path, model)
+    place = backbone_place(model)
+    assert load_backbone_weights(model, file) == len(weights)
+    for key, value in model.state_dict().items():
+        expected = weights[key.removeprefix(place)] if key.startswith(place) else before[key]
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_what_the_backbone_lacks_is_left_out(tmp_path):
+    """A classifier, also one whose name ends like a tensor of the detector."""
+    model = zoo.build("detr")
+    extra = {"fc.weight": torch.ones(10, 16), "classifier.1.bias": torch.ones(10), "layernorm.weight": torch.ones(16)}
+    file, weights = backbone_file(tmp_path, model, **extra)
+    before = copy.deepcopy(model.state_dict())
+    assert load_backbone_weights(model, file) == len(weights) - len(extra)
+    key = "model.decoder.layernorm.weight"
+    assert torch.equal(model.state_dict()[key], before[key])
+
+
+def test_missing_tensor(tmp_path):
+    model = zoo.build("detr")
+    name = some_name(model)
+    file, _ = backbone_file(tmp_path, model, **{name: None})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=rf"doesn't fit the backbone of DetrFor.*: 1 of its \d+ tensors .*{name}.*width"
+    ):
+        load_backbone_weights(model, file)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_other_shape(tmp_path):
+    model = zoo.build("detr")
+    name = some_name(model)
+    file, _ = backbone_file(tmp_path, model, **{name: torch.ones(3, 3)})
+    with pytest.raises(
+        ValueError, match=rf"1 of its \d+ tensors are not in the file with their name and shape.*{name}"
+    ):
+        load_backbone_weights(model, file)
+
+
+def test_other_network(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"stem.conv.kernel": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"no tensor of the model ends with a name of the file, such as \['stem.conv"):
+        load_backbone_weights(zoo.build("detr"), str(path))
+
+
+def test_whole_model_instead_of_a_backbone(tmp_path):
+    model = zoo.build("detr")
+    path = tmp_path / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    with pytest.raises(ValueError, match="must have the names of the backbone itself"):
+        load_backbone_weights(model, str(path))
+
+
+def test_counters_of_batch_norm_may_be_missing(tmp_path):
+    model = zoo.build("rt_detr", freeze_backbone_batch_norms=False)
+    place = backbone_place(model)
+    counters = [n.removeprefix(place) for n in model.state_dict() if n.endswith("num_batches_tracked")]
+    assert counters
+    file, weights = backbone_file(tmp_path, model, **dict.fromkeys(counters))
+    assert load_backbone_weights(model, file) == len(weights)
+
+
+# ------------------------------------------------------------------------------------------------------------ inherit
+
+
+@pytest.mark.parametrize("name", ["detr", "deformable_detr_two_stage", "d_fine", "lw_detr"])
+def test_twins_are_equal(name):
+    student, teacher = zoo.build(name, seed=1), zoo.build(name, seed=2)
+    assert inherit(student, teacher) == len(student.state_dict())
+    inputs = zoo.batch(labels=False)
+    with torch.no_grad():
+        assert torch.equal(student(**inputs).logits, teacher(**inputs).logits)
+    next(student.parameters()).data.add_(1)  # copies, not the teacher's own
+    assert not torch.equal(next(student.parameters()), next(teacher.parameters()))
+
+
+def test_first_layers_and_what_fits():
+    student = zoo.build("detr", seed=1, decoder_layers=2, num_queries=4, encoder_ffn_dim=8)
+    teacher = zoo.build("detr", seed=2)
+    before, source = copy.deepcopy(student.state_dict()), teacher.state_dict()
+    number = inherit(student, teacher)
+    copied = [key for key, value in student.state_dict().items() if not torch.equal(value, before[key])]
+    for key, value in student.state_dict().items():
+        fits = key in source and source[key].shape == value.shape
+        assert torch.equal(value, source[key] if fits else before[key])
+    assert 0 < len(copied) <= number < len(before)
+    assert "model.query_position_embeddings.weight" not in copied  # 4 queries, the teacher has 6
+    assert "model.encoder.layers.0.fc1.weight" not in copied
+    assert "model.decoder.layers.1.fc1.weight" in copied
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_other_classes_keep_their_heads(name):
+    """As many classes, but others: a head in the teacher's order would say the wrong names."""
+    names = [f"class {i}" for i in (1, 0, 2, 3, 4)]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    student, teacher = zoo.build(name, seed=1, **labels), zoo.build(name, seed=2)
+    of_classes = {
+        key
+        for key, value in zoo.build(name, classes=31).state_dict().items()
+        if value.shape != student.state_dict()[key].shape
+    }
+    assert of_classes
+    before, source = copy.deepcopy(student.state_dict()), teacher.state_dict()
+    assert inherit(student, teacher) == len(before) - len(of_classes)
+    for key, value in student.state_dict().items():
+        assert torch.equal(value, before[key] if key in of_classes else source[key])
+
+
+def test_labels_read_from_json_are_the_same_labels():
+    student, teacher = zoo.build("detr", seed=1), zoo.build("detr", seed=2)
+    teacher.config.id2label = {str(i): name for i, name in teacher.config.id2label.items()}
+    assert inherit(student, teacher) == len(student.state_dict())
