@@ -146,9 +146,8 @@ class DistillationTrainer(Trainer):
             if self.is_world_process_zero():
                 logger.warning(self.label_map.table())
         if args.compile_models:
-            for module in (adapter, self.teacher_adapter):
-                if module is not None:
-                    module.compile()
+            for its in filter(None, (adapter, self.teacher_adapter)):
+                its.compile()
 
     @property
     def student(self) -> PreTrainedModel:

@@ -53,7 +53,7 @@ def main(folder: str, method: str, student: str, teacher: str, batch: str) -> No
             logging_steps=1,
             gradient_share_steps=2,
             optim="sgd",
-            learning_rate=1e-2,
+            learning_rate=1e-3,
             seed=7,
         ),
         train_dataset=Scenes(12),

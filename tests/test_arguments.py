@@ -16,9 +16,9 @@ class Few:
 
     name: str = "default"
     number: int = 1
-    rate: float = 0.5
-    off: bool = False
-    on: bool = True
+    rate: float = field(default=0.5, metadata={"help": "How fast."})
+    disabled: bool = False
+    enabled: bool = True
     maybe: bool | None = None
     several: list[str] = field(default_factory=lambda: ["a"])
     limits: list[float] = field(default_factory=lambda: [0.8, 1.25])
@@ -47,8 +47,8 @@ def test_everything_in_a_recipe(tmp_path):
         name: a name with spaces
         number: 3
         rate: 1e-4          # YAML reads this as a string
-        off: true
-        on: no
+        disabled: true
+        enabled: no
         maybe: false
         several: [b, c]
         limits: [1, 1.5]
@@ -60,8 +60,8 @@ def test_everything_in_a_recipe(tmp_path):
         name="a name with spaces",
         number=3,
         rate=1e-4,
-        off=True,
-        on=False,
+        disabled=True,
+        enabled=False,
         maybe=False,
         several=["b", "c"],
         limits=[1.0, 1.5],
@@ -72,11 +72,13 @@ def test_everything_in_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("position", ["before", "after"])
 def test_flags_override_the_recipe(tmp_path, position):
-    text = "{name: recipe, number: 3, off: true, on: true, several: [b, c], settings: {a: 1}, rate: 0.1}"
-    flags = ["--name", "flag", "--off", "false", "--no_on", "--several", "d", "--settings", '{"b": 2}']
+    text = "{name: recipe, number: 3, disabled: true, enabled: true, several: [b, c], settings: {a: 1}, rate: 0.1}"
+    flags = ["--name", "flag", "--disabled", "false", "--no_enabled", "--several", "d", "--settings", '{"b": 2}']
     config = ["--config", recipe(tmp_path, text)]
     (few,) = parse((Few,), [*flags, *config] if position == "before" else [*config, *flags])
-    assert few == Few(name="flag", number=3, rate=0.1, off=False, on=False, several=["d"], settings='{"b": 2}')
+    assert few == Few(
+        name="flag", number=3, rate=0.1, disabled=False, enabled=False, several=["d"], settings='{"b": 2}'
+    )
 
 
 def test_recipe_with_an_equals_sign(tmp_path):
@@ -100,11 +102,17 @@ def test_null_is_the_default(tmp_path):
     assert few == Few(number=3)
 
 
-@pytest.mark.parametrize("key", ["nmae", "no_on", "help", "config", "some-name"])
+@pytest.mark.parametrize("key", ["nmae", "no_enabled", "help", "config", "some-name"])
 def test_unknown_settings_of_a_recipe(tmp_path, key):
     path = recipe(tmp_path, f"{{{key}: 1, number: 3}}")
     with pytest.raises(ValueError, match=rf"recipe.yaml: unknown settings \['{key}'\]. `--help` lists the known ones"):
         parse((Few,), ["--config", path])
+
+
+def test_keys_that_are_no_words(tmp_path):
+    """YAML reads them as a boolean and a number."""
+    with pytest.raises(ValueError, match=r"unknown settings \['7', 'True', 'x'\]"):
+        parse((Few,), ["--config", recipe(tmp_path, "{on: 1, 7: 2, x: 3}")])
 
 
 def test_unknown_flags():
@@ -140,7 +148,7 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert "What it does" in text
     assert "--config FILE" in text
-    assert "(default: 0.5)" in text
+    assert "How fast. (default: 0.5)" in text
 
 
 def test_the_commands_dataclasses(tmp_path):

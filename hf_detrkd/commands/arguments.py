@@ -98,7 +98,7 @@ def parse(dataclasses: Sequence[type], argv: Sequence[str] | None = None, descri
     parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these flags; flags override it.")
     values = {} if recipe.config is None else read_recipe(recipe.config)
     known = {action.dest for action in parser._actions} - {"help", "config"}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(map(str, values.keys() - known))  # YAML reads `on:` as a key True
     if unknown:
         raise ValueError(f"{recipe.config}: unknown settings {unknown}. `--help` lists the known ones.")
     # Flags of the recipe come first, so that those typed by the user override them.

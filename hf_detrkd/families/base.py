@@ -234,6 +234,15 @@ class FamilyAdapter:
             call.predictions = self._predict(call, self.own(len(call)))
         return call.predictions[1:]
 
+    def compile(self) -> None:
+        """torch.compile of what comes before the decoder: the backbone, and the encoder where the family has one.
+
+        Compiling the decoder or the whole model breaks into dozens of graphs at matching and denoising.
+        """
+        self.feature_module.compile()
+        if "encoder" in dict(self.base.named_children()):
+            self.base.encoder.compile()
+
     def close(self) -> None:
         """Forgets the batch. Between calls the adapter leaves nothing in the model, so there is no more to undo."""
         self._call = None
@@ -260,7 +269,7 @@ class FamilyAdapter:
         attentions = view.self_attentions is not None
         self._check_call(attentions)
         groups = [self._check_queries(view, queries) for queries in groups]
-        if len(groups) > 1 and not self._takes_mask():
+        if not groups or (len(groups) > 1 and not self._takes_mask()):
             return tuple(self.replay(view, (queries,), detach_memory)[0] for queries in groups)
 
         memory = view.decoder_arguments
