@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny_datasets as tiny
 
-from hf_detrkd.data import DatasetError, load_detection_dataset, split_off_validation
-from hf_detrkd.data.schema import BOX_FORMATS, split_name, to_xywh, whole_ids
+from hf_detrkd.data import DatasetError, keep_classes, load_detection_dataset, split_off_validation
+from hf_detrkd.data.schema import BOX_FORMATS, class_names_of, split_name, to_xywh, whole_ids
 
 WRITERS = {
     "coco": tiny.write_coco,
@@ -374,3 +374,25 @@ def test_split_off_validation(tmp_path):
         split_off_validation(only, 1.5)
     with pytest.raises(ValueError, match="there is no train"):
         split_off_validation(datasets.DatasetDict({"test": splits["train"]}))
+
+
+class TestKeepClasses:
+    def test_objects_of_other_classes_go_and_their_images_stay(self, tmp_path):
+        splits = load_detection_dataset(tiny.write_coco(tmp_path / "set"))
+        kept = keep_classes(splits, ["bird", "cat"])
+        assert class_names_of(kept["train"]) == ["bird", "cat"]
+        assert len(kept["train"]) == len(splits["train"])
+        before = {row["image_id"]: row["objects"] for row in splits["train"].remove_columns("image")}
+        for row in kept["train"].remove_columns("image"):
+            old = before[row["image_id"]]
+            wanted = [
+                (old["id"][i], old["bbox"][i], {0: 1, 2: 0}[c]) for i, c in enumerate(old["category"]) if c in (0, 2)
+            ]
+            new = row["objects"]
+            assert list(zip(new["id"], new["bbox"], new["category"], strict=True)) == wanted
+
+    @pytest.mark.parametrize("names", [["fish"], ["cat", "cat"]])
+    def test_unknown_and_repeated_names_are_refused(self, tmp_path, names):
+        splits = load_detection_dataset(tiny.write_coco(tmp_path / "set"))
+        with pytest.raises(ValueError, match="the classes to keep"):
+            keep_classes(splits, names)

@@ -60,6 +60,9 @@ class DataArguments:
     bbox_format: str | None = field(
         default=None, metadata={"help": "What the boxes are, to say it outright: xywh, xyxy, cxcywh, and so on."}
     )
+    classes: list[str] | None = field(
+        default=None, metadata={"help": "Keep only these classes of the data set, in this order; by default all."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_validation_split: str = field(default="validation", metadata={"help": "Split that chooses the best step."})
     dataset_test_split: str = field(

@@ -181,11 +181,10 @@ def decoder_passes(method, student: DetrView, teacher: DetrView, generator: torc
         return ()
     points = []
     if "specific" in method.groups:
-        points.append(teacher_queries(student, teacher, method.specific))
+        points.append(teacher_queries(student, teacher, method.projectors["specific"]))
     if "general" in method.groups:
-        points.append(random_queries(student, teacher, method.general, method.config.general_points, generator))
-        with torch.no_grad():
-            teacher.replay(points[-1].teacher)
+        number = method.config.general_points
+        points.append(random_queries(student, teacher, method.projectors["general"], number, generator))
     replies = student.replay(*(p.student for p in points))
     return replies if len(points) > 1 else (replies,)
 

@@ -21,6 +21,7 @@ from ..data import (
     DetectionDataset,
     check_dataset,
     input_size,
+    keep_classes,
     load_detection_dataset,
     split_off_validation,
 )
@@ -58,6 +59,8 @@ def load_data(
         cache_dir=cache_dir,
         token=token,
     )
+    if arguments.classes:
+        splits = keep_classes(splits, arguments.classes)
     train, validation, test = (
         arguments.dataset_train_split,
         arguments.dataset_validation_split,

@@ -6,7 +6,7 @@ from .collator import DetectionCollator, input_size
 from .dataset import DetectionDataset
 from .findings import DatasetError, Finding, Report
 from .formats import FORMATS, load_detection_dataset, split_off_validation
-from .schema import BOX_FORMATS
+from .schema import BOX_FORMATS, keep_classes
 
 __all__ = [
     "BOX_FORMATS",
@@ -19,6 +19,7 @@ __all__ = [
     "Report",
     "check_dataset",
     "input_size",
+    "keep_classes",
     "load_detection_dataset",
     "split_off_validation",
 ]

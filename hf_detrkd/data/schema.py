@@ -74,6 +74,33 @@ def category_feature(split: datasets.Dataset) -> datasets.ClassLabel:
     return label
 
 
+def keep_classes(splits: datasets.DatasetDict, names: Sequence[str]) -> datasets.DatasetDict:
+    """The splits with objects of these classes only, numbered in this order. Images that lose all objects stay.
+
+    Raises:
+        ValueError: a name that is no class of the splits, or is given twice.
+    """
+    known = class_names_of(next(iter(splits.values())))
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names):
+        raise ValueError(f"the classes to keep are {list(names)}; each must be one of {known}, and only once.")
+    index = {known.index(name): i for i, name in enumerate(names)}
+
+    def filtered(row: dict) -> dict:
+        objects = row["objects"]
+        kept = [i for i, category in enumerate(objects["category"]) if category in index]
+        objects = {key: [values[i] for i in kept] for key, values in objects.items()}
+        return {"objects": {**objects, "category": [index[category] for category in objects["category"]]}}
+
+    def keep(split: datasets.Dataset) -> datasets.Dataset:
+        undecoded = split.cast_column("image", datasets.Image(decode=False))  # pictures are not read for this
+        features = undecoded.features.copy()
+        features["objects"] = detection_features(names)["objects"]
+        return undecoded.map(filtered, features=features).cast_column("image", datasets.Image())
+
+    return datasets.DatasetDict({name: keep(split) for name, split in splits.items()})
+
+
 def split_name(name: str) -> str:
     """The split's usual name: ``val``, ``valid``, ``val2017`` and ``dev`` are ``validation``, ``train2017`` is
     ``train``."""
