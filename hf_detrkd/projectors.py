@@ -51,7 +51,8 @@ class QueryProjector(nn.Module):
       that knows no boxes (DETR) learns an embedding of the place.
     - *content*: through a linear map where both decoders start from one and it is asked for; else the student's own.
 
-    The linear maps start as the identity, so teacher and student of one width start from equal queries.
+    The linear maps start as the identity, so teacher and student of one width start from equal queries. No gradient
+    reaches the teacher's queries or the student's own.
     """
 
     def __init__(self, student: FamilyAdapter, teacher: FamilyAdapter, content: bool = True):

@@ -165,7 +165,8 @@ def train(model, args: DistillationConfig, data: Data, processor, teacher, teach
         "validation": {name.removeprefix("validation_"): value for name, value in validation.items()},
         "test": {name.removeprefix("test_"): value for name, value in test.items()},
     }
-    trainer.save_metrics("all", {f"validation_{k}": v for k, v in row["validation"].items()}, combined=False)
+    for split, metrics in (("train", result.metrics), ("validation", validation), ("test", test)):
+        trainer.save_metrics(split, metrics)
     return row, trainer.state.log_history
 
 
