@@ -306,27 +306,22 @@ class DistillationTrainer(Trainer):
             super()._save(output_dir)
         torch.save(state, os.path.join(output_dir, STATE_NAME))
 
-    def _load_student(self, folder: str) -> dict[str, Any]:
+    def _load_student(self, folder: str) -> None:
         """Every tensor of a checkpoint. Not by `load_state_dict(file)`: files have legacy names, which it would skip."""
         wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         saved = type(wrapper.student).from_pretrained(folder)
         wrapper.student.load_state_dict(saved.state_dict())
         if self.ema is not None:
             self.ema.copy_from_model()
-        state = torch.load(os.path.join(folder, STATE_NAME), map_location="cpu", weights_only=True)
-        wrapper.methods.load_state_dict(state["methods"])
-        return state
+        wrapper.methods.load_state_dict(read_state(folder)["methods"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = self._load_student(resume_from_checkpoint)
+        state = read_state(resume_from_checkpoint)
         if (self.ema is not None) != ("student" in state):
             raise ValueError(
                 f"{resume_from_checkpoint} was written {'with' if 'student' in state else 'without'} a moving average, "
                 f"and this run has `ema_decay={self.args.ema_decay}`. Resume with the settings of the first run."
             )
-        if self.ema is not None:
-            self.ema.updates = state["ema_updates"]
-            self.student.load_state_dict(state["student"])
         recorded = state.get("teacher")
         if (recorded is None) != (self.teacher is None):
             raise ValueError(
@@ -338,10 +333,22 @@ class DistillationTrainer(Trainer):
                 f"The teacher's weights are not those of the run that wrote {resume_from_checkpoint} "
                 f"(teacher {recorded['name_or_path']!r}). Resume with that teacher, or start a new run."
             )
+        self._load_student(resume_from_checkpoint)
+        if self.ema is not None:
+            self.ema.updates = state["ema_updates"]
+            self.student.load_state_dict(state["student"])
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
         self._load_student(self.state.best_model_checkpoint)
+
+
+def read_state(folder: str) -> dict[str, Any]:
+    """What a checkpoint holds beside the plain student."""
+    path = os.path.join(folder, STATE_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} has no {STATE_NAME}: it is no checkpoint of DistillationTrainer, or an unfinished one.")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class _UpdateAverage(TrainerCallback):

@@ -1,6 +1,6 @@
 """Runs of one recipe over several seeds as a table: mean, spread and gain over the twin.
 
-    python scripts/summarize.py runs/bccd/seed*/results.json --output docs/results/bccd_kd_detr
+python scripts/summarize.py runs/bccd/seed*/results.json --output docs/results/bccd_kd_detr
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(table)
     if arguments.output:
         write_json(summary, f"{arguments.output}.json")
+        ratio = summary["time_ratio"]
+        time = "" if ratio is None else f" The distilled run took {ratio:.2f} times as long as its twin."
         seeds = ", ".join(map(str, summary["seeds"]))
         Path(f"{arguments.output}.md").write_text(
             f"Method {summary['method']}, seeds {seeds}, {summary['steps']} steps, {summary['dataset']}, test split; "
             "mean ± standard deviation over the seeds, and the gain as the mean of the differences with its smallest and "
             f"largest.\n\n{table}\n\nStudent: {summary['student_parameters'] / 1e6:.2f} M parameters, teacher: "
-            f"{summary['teacher_parameters'] / 1e6:.2f} M. A distilled step takes {summary['time_ratio']:.2f} times the "
-            "twin's.\n"
+            f"{summary['teacher_parameters'] / 1e6:.2f} M.{time}\n"
         )
     return summary
 
@@ -62,13 +63,20 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "steps": runs[0]["student"]["steps"],
         "student_parameters": runs[0]["student"]["parameters"],
         "teacher_parameters": runs[0]["teacher"]["parameters"],
-        "time_ratio": statistics.mean(run["student"]["train_seconds"] / run["twin"]["train_seconds"] for run in runs),
+        "time_ratio": time_ratio(runs),
         "teacher": {metric: points("teacher", metric)[0] for metric in METRICS if points("teacher", metric)},
         "twin": {metric: points("twin", metric) for metric in METRICS},
         "student": {metric: points("student", metric) for metric in METRICS},
         "gain": gains,
         "versions": runs[0]["versions"],
     }
+
+
+def time_ratio(runs: Sequence[dict[str, Any]]) -> float | None:
+    """How much longer the student trained than its twin, over the runs in which neither was resumed; None without any."""
+    whole = [run for run in runs if not (run["student"]["resumed_from"] or run["twin"]["resumed_from"])]
+    ratios = [run["student"]["train_seconds"] / run["twin"]["train_seconds"] for run in whole]
+    return statistics.mean(ratios) if ratios else None
 
 
 def rows(summary: dict[str, Any]) -> list[list[str]]:

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 
 SHAPES = "shapes"
 CLASS_NAMES = ("circle", "square", "triangle", "star", "ring", "cross")
+COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233))
+"""Of the classes, where `ShapesConfig.colour` asks for them: Okabe and Ito's palette."""
 VERSION = 1
 """Part of the cache folder's name: raise it whenever the same seed draws other pictures."""
 
@@ -40,11 +42,16 @@ class ShapesConfig:
     """Smallest diameter of a shape, as a share of the image's width."""
     max_extent: float = 0.45
     """Largest diameter; diameters are drawn evenly in their logarithm."""
+    colour: float = 0.0
+    """Probability that a shape is painted in the colour of its class; otherwise its colours say nothing. The nearer to 1, the
+    easier the classes are told apart."""
 
     def __post_init__(self):
         for name in ("train", "validation", "test", "size", "min_objects"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but at least 1 is needed.")
+        if not 0 <= self.colour <= 1:
+            raise ValueError(f"`colour` is {self.colour}, but a probability between 0 and 1 is needed.")
         if self.max_objects < self.min_objects or not 0 < self.min_extent <= self.max_extent <= 1:
             raise ValueError(
                 f"min_objects <= max_objects and 0 < min_extent <= max_extent <= 1 are needed, but objects are "
@@ -130,12 +137,16 @@ def draw_scene(config: ShapesConfig, rng: np.random.Generator) -> tuple[np.ndarr
         owner = covered
         whole.append(int(mask.sum()))
         categories.append(category)
-        _paint(picture, mask, rng)
+        # No draw where colours say nothing, so that such a set stays what it was
+        told = config.colour > 0 and rng.random() < config.colour
+        _paint(picture, mask, rng, COLOURS[category] if told else None)
     picture += rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(rng.uniform(2, 12))
     return picture.clip(0, 255).astype(np.uint8), _annotations(owner, categories)
 
 
-def _paint(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> None:
+def _paint(
+    picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator, colour: tuple[int, int, int] | None
+) -> None:
     """Lay a texture of the shape's own over the picture where ``mask`` is. A rim of one darker pixel keeps two shapes
     of like texture apart."""
     steps = range(OVERSAMPLING)
@@ -145,7 +156,7 @@ def _paint(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> N
     place = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     alpha = coverage[place][..., None]
     rim = 1 - 4 * alpha * (1 - alpha) * np.float32(rng.uniform(0.1, 0.45))
-    layer = _texture(*alpha.shape[:2], rng, ground=False)
+    layer = _texture(*alpha.shape[:2], rng, ground=False, colour=colour)
     picture[place] += alpha * (layer * rim - picture[place])
 
 
@@ -205,11 +216,13 @@ def _polygon(corners: int) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-def _texture(height: int, width: int, rng: np.random.Generator, ground: bool) -> np.ndarray:
+def _texture(
+    height: int, width: int, rng: np.random.Generator, ground: bool, colour: tuple[int, int, int] | None = None
+) -> np.ndarray:
     """(height, width, 3) float32 in [0, 255]: two colours mixed by stripes, checks, blobs or a slope, or one alone;
     colours say nothing of the class. Those of a ground are nearer each other, so that it doesn't look like shapes
     itself."""
-    one = rng.uniform(20, 235, 3)
+    one = rng.uniform(20, 235, 3) if colour is None else np.clip(colour + rng.normal(0, 16, 3), 20, 235)
     other = one + rng.normal(0, 28, 3) if ground else (one + rng.uniform(20, 235, 3)) / 2
     kind = rng.integers(5)
     if kind == 0:
