@@ -347,7 +347,9 @@ def read_state(folder: str) -> dict[str, Any]:
     """What a checkpoint holds beside the plain student."""
     path = os.path.join(folder, STATE_NAME)
     if not os.path.isfile(path):
-        raise ValueError(f"{folder} has no {STATE_NAME}: it is no checkpoint of DistillationTrainer, or an unfinished one.")
+        raise ValueError(
+            f"{folder} has no {STATE_NAME}: it is no checkpoint of DistillationTrainer, or an unfinished one."
+        )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

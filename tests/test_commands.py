@@ -46,7 +46,17 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
     zoo.config("rt_detr", classes=2).to_json_file(config)
     teacher = str(tmp_path / "teacher")
     finetune.main(
-        ["--config_name", str(config), "--image_size", str(zoo.SIZE), "--output_dir", teacher, "--max_steps", "2", *QUICK]
+        [
+            "--config_name",
+            str(config),
+            "--image_size",
+            str(zoo.SIZE),
+            "--output_dir",
+            teacher,
+            "--max_steps",
+            "2",
+            *QUICK,
+        ]
     )
     trained = AutoModelForObjectDetection.from_pretrained(teacher)
     assert list(trained.config.id2label.values()) == NAMES  # the data set's classes, not the config's
@@ -59,7 +69,9 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
     recipe.write_text("method: kd_detr\nmethod_config: {general_points: 4}\nwith_twin: true\nmax_steps: 100\n")
     arguments = ["--config", str(recipe), "--teacher_model_name_or_path", other, "--model_name_or_path", student]
     capsys.readouterr()
-    results = distill.main([*arguments, "--output_dir", str(output), "--max_steps", "2", "--logging_steps", "1", *QUICK])
+    results = distill.main(
+        [*arguments, "--output_dir", str(output), "--max_steps", "2", "--logging_steps", "1", *QUICK]
+    )
     printed = capsys.readouterr().out
     assert "twin" in printed and "student" in printed and "specific_l1" in printed
 
@@ -151,8 +163,6 @@ def test_killed_run_resumes_to_the_same_parameters(tmp_path):
     assert last_complete_checkpoint(tmp_path / "killed") is not None
     resumed = start(tmp_path / "killed", "--resume_from_checkpoint", "true")
     assert resumed.wait(timeout=280) == 0, resumed.stderr.read().decode()[-2000:]
-    states = [
-        AutoModelForObjectDetection.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed")
-    ]
+    states = [AutoModelForObjectDetection.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed")]
     different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     assert not different
