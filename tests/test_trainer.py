@@ -346,6 +346,15 @@ def test_evaluation_streams_and_agrees_with_itself(tmp_path):
     assert "test_map" in prediction.metrics
 
 
+def test_persistent_workers_dont_mix_data_sets_up(tmp_path):
+    """Trainer caches one evaluation loader under persistent workers and would evaluate the first data set for ever."""
+    run = trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    own, other = run.evaluate(), run.evaluate(Scenes(5, seed=2))
+    assert own["eval_loss"] != other["eval_loss"]
+    assert run.evaluate()["eval_loss"] == own["eval_loss"]
+    assert len(run.get_eval_dataloader(Scenes(5, seed=2)).dataset) == 5
+
+
 def test_evaluation_measures_the_average(tmp_path):
     run = trainer(tmp_path, max_steps=1, learning_rate=1e-2)
     loss = run.evaluate()["eval_loss"]
