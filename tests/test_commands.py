@@ -17,7 +17,7 @@ from scenes import processor
 from transformers import AutoModelForObjectDetection
 
 from hf_detrkd import DetectionDataset
-from hf_detrkd.commands import distill, evaluate, finetune
+from hf_detrkd.commands import distill, evaluate, finetune, summarize
 from hf_detrkd.commands.distill import checkpoint_to_resume, last_complete_checkpoint
 
 SHAPES = f"shapes:train=8,validation=3,test=3,size={zoo.SIZE}"
@@ -166,3 +166,36 @@ def test_killed_run_resumes_to_the_same_parameters(tmp_path):
     states = [AutoModelForObjectDetection.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed")]
     different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     assert not different
+
+
+def test_summary_of_seeds(tmp_path):
+    def run(seed: int, student: float, twin: float, resumed: str | None) -> str:
+        def row(points: float, seconds: float) -> dict:
+            test = dict.fromkeys(summarize.METRICS, points / 100)
+            return {
+                "method": "kd_detr",
+                "parameters": 10,
+                "steps": 5,
+                "train_seconds": seconds,
+                "resumed_from": resumed,
+                "test": test,
+            }
+
+        result = {
+            "student": row(student, 30.0),
+            "twin": row(twin, 20.0),
+            "teacher": {"parameters": 40, "test": {"map": 0.5}},
+            "settings": {"DistillationConfig": {"seed": seed}, "DataArguments": {"dataset_name": "set"}},
+            "versions": {},
+        }
+        path = tmp_path / f"{seed}.json"
+        path.write_text(json.dumps(result))
+        return str(path)
+
+    paths = [run(0, 20.0, 15.0, "checkpoint-5"), run(1, 22.0, 18.0, None)]
+    summary = summarize.main([*paths, "--output", str(tmp_path / "summary")])
+    assert summary["gain"]["map"] == pytest.approx([5.0, 4.0])
+    assert summary["time_ratio"] == pytest.approx(1.5)  # of the run that wasn't resumed
+    text = (tmp_path / "summary.md").read_text()
+    assert "21.0 ± 1.4" in text and "+4.5 (+4.0 to +5.0)" in text and "seeds 0, 1" in text
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
