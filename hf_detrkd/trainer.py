@@ -263,12 +263,14 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As Trainer's, whose cache for persistent workers would give one data set's loader for any other."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            self.__dict__.pop("_eval_dataloaders", None)
-            loader = super().get_eval_dataloader(eval_dataset)
-            self.__dict__.pop("_eval_dataloaders", None)
-            return loader
-        return super().get_eval_dataloader(eval_dataset)
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        cache = self.__dict__.pop("_eval_dataloaders", None)
+        loader = super().get_eval_dataloader(eval_dataset)
+        self.__dict__.pop("_eval_dataloaders", None)
+        if cache is not None:
+            self._eval_dataloaders = cache
+        return loader
 
     def evaluation_loop(self, *args, **kwargs):
         """Evaluates the moving average where there is one."""

@@ -353,6 +353,7 @@ def test_persistent_workers_dont_mix_data_sets_up(tmp_path):
     assert own["eval_loss"] != other["eval_loss"]
     assert run.evaluate()["eval_loss"] == own["eval_loss"]
     assert len(run.get_eval_dataloader(Scenes(5, seed=2)).dataset) == 5
+    assert run.get_eval_dataloader(run.eval_dataset) is run.get_eval_dataloader(run.eval_dataset)  # no new workers
 
 
 def test_evaluation_measures_the_average(tmp_path):
