@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_detrkd.data import check_dataset, load_detection_dataset
-from hf_detrkd.data.shapes import CLASS_NAMES, ShapesConfig, cache_folder, draw_scene, generate_shapes
+from hf_detrkd.data.shapes import CLASS_NAMES, COLOURS, ShapesConfig, cache_folder, draw_scene, generate_shapes
 
 SMALL = "shapes:train=6,validation=3,test=2,size=64"
 
@@ -84,7 +84,7 @@ def test_scenes_are_what_they_are_annotated_as():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("shapes:colour=red", r"sets 'colour', but shapes knows train, validation, test, size, seed"),
+        ("shapes:weight=heavy", r"sets 'weight', but shapes knows train, validation, test, size, seed"),
         ("shapes:size=big", r"sets size to 'big', but int is needed"),
         ("shapes:train=0", r"`train` is 0, but at least 1"),
         ("shapes:min_extent=0.9", r"min_extent <= max_extent"),
@@ -93,6 +93,23 @@ def test_scenes_are_what_they_are_annotated_as():
 def test_wrong_settings_are_refused(name, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_detection_dataset(name, cache_dir=tmp_path)
+
+
+def test_colour_tells_the_class_where_it_is_asked_for():
+    def distances(colour: float) -> np.ndarray:
+        """Of the colours at the objects' centres from those of their classes, over 40 scenes of one or two objects."""
+        config = ShapesConfig(size=64, max_objects=2, min_extent=0.4, max_extent=0.5, colour=colour)
+        found = []
+        for index in range(40):
+            pixels, objects = draw_scene(config, np.random.default_rng(index))
+            for (x, y, w, h), category in zip(objects["bbox"], objects["category"], strict=True):
+                patch = pixels[int(y) : int(y + h), int(x) : int(x + w)].reshape(-1, 3).astype(float)
+                found.append(np.abs(patch - COLOURS[category]).mean(1).min())
+        return np.array(found)
+
+    assert np.median(distances(1.0)) < 0.6 * np.median(distances(0.0))
+    with pytest.raises(ValueError, match="`colour` is 2"):
+        ShapesConfig(colour=2)
 
 
 def test_parse():
