@@ -35,7 +35,10 @@ class DistillationModel(nn.Module):
     ):
         super().__init__()
         self.student = student
-        self.methods = nn.ModuleDict({method.name: method for method in methods})
+        names = [method.name for method in methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`methods` are {names}: each name may stand once, as terms are told apart by it.")
+        self.methods = nn.ModuleDict(dict(zip(names, methods, strict=True)))
         self.adapter = adapter
         self.detection_weight = detection_weight
         self.layer_supervision = layer_supervision
@@ -76,6 +79,8 @@ class DistillationModel(nn.Module):
             inputs["pixel_mask"] = pixel_mask
         if not self.training:
             return self.student(**inputs)
+        if labels is None:
+            raise ValueError("`labels` is missing: training needs the targets of every image, empty ones too.")
 
         with task_loss(self.adapter, per_layer=self.layer_supervision):
             attentions = teacher_view is not None and any(method.attentions for method in self.methods.values())

@@ -43,16 +43,10 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str:
             parts.append(f"grad {float(logs['grad_norm']):.3g}")
         return " | ".join([*parts, f"lr {logs.get('learning_rate', 0):.2g}"])
     if "eval_map" in logs:
-        values = [
-            f"{name} {100 * logs[f'eval_{key}']:.1f}"
-            for name, key in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))
-        ]
-        return " | ".join(
-            [
-                f"step {step}/{max_steps}",
-                "evaluation",
-                "  ".join(values),
-                f"loss {logs.get('eval_loss', float('nan')):.4g}",
-            ]
-        )
+        names = (("AP", "eval_map"), ("AP50", "eval_map_50"), ("AP75", "eval_map_75"))
+        parts = [f"step {step}/{max_steps}", "evaluation"]
+        parts.append("  ".join(f"{name} {100 * logs[key]:.1f}" for name, key in names if key in logs))
+        if "eval_loss" in logs:
+            parts.append(f"loss {logs['eval_loss']:.4g}")
+        return " | ".join(parts)
     return ""

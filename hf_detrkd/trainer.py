@@ -169,7 +169,7 @@ class DistillationTrainer(Trainer):
             if args.teacher_model_revision is not None:
                 options["revision"] = args.teacher_model_revision
             teacher = load_detector(teacher, **options)
-        return teacher.eval().requires_grad_(False)
+        return load_detector(teacher).eval().requires_grad_(False)
 
     def _teacher_view(self, inputs: dict[str, Any], attentions: bool):
         self.teacher.eval()
@@ -385,8 +385,19 @@ class _SetEpoch(TrainerCallback):
 
 
 def load_detector(model: PreTrainedModel | str, **options) -> PreTrainedModel:
-    """A detector from a local folder or a Hub id; a model passes through."""
-    return AutoModelForObjectDetection.from_pretrained(model, **options) if isinstance(model, str) else model
+    """A detector from a local folder or a Hub id, in float32 whatever the file has; a model passes through.
+
+    Raises:
+        ValueError: where its weights are in half precision, in which transformers' detection losses and several decoders fail.
+    """
+    if isinstance(model, str):
+        model = AutoModelForObjectDetection.from_pretrained(model, **{"dtype": torch.float32, **options})
+    if model.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{model.name_or_path or type(model).__name__} has weights in {model.dtype}. Load it in float32 "
+            "(from_pretrained(..., dtype=torch.float32)); bf16=True in the config then computes in bfloat16."
+        )
+    return model
 
 
 def check_classes(student: PreTrainedModel, *datasets) -> None:

@@ -15,7 +15,7 @@ import zoo
 from scenes import Scenes, processor
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
-from hf_detrkd import DistillationConfig, DistillationTrainer
+from hf_detrkd import DistillationConfig, DistillationModel, DistillationTrainer
 from hf_detrkd.data import DetectionCollator
 from hf_detrkd.trainer import STATE_NAME, digest
 
@@ -31,7 +31,7 @@ def config(folder, **settings) -> DistillationConfig:
 
 
 def trainer(folder, student="rt_detr", teacher="rt_detr", classes=zoo.CLASSES, **settings) -> DistillationTrainer:
-    student = zoo.build(student, seed=0) if isinstance(student, str) else student
+    student = zoo.build(student, seed=0) if isinstance(student, str) and student in zoo.NAMES else student
     if settings.get("method") == "none":
         teacher = None
     elif isinstance(teacher, str):
@@ -42,7 +42,7 @@ def trainer(folder, student="rt_detr", teacher="rt_detr", classes=zoo.CLASSES, *
         args=config(folder, **settings),
         train_dataset=Scenes(),
         eval_dataset=Scenes(7, seed=1),
-        processing_class=processor(student),
+        processing_class=processor(None if isinstance(student, str) else student),
         teacher_processing_class=None if teacher is None else processor(teacher),
     )
 
@@ -367,6 +367,23 @@ def test_evaluation_measures_the_average(tmp_path):
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_half_precision_checkpoints_are_trained_in_float32(tmp_path):
+    zoo.build("rt_detr").bfloat16().save_pretrained(tmp_path / "half")
+    run = trainer(tmp_path, str(tmp_path / "half"), teacher=None, method="none")
+    assert run.student.dtype == torch.float32
+    with pytest.raises(ValueError, match="Load it in float32"):
+        trainer(tmp_path, teacher=zoo.build("rt_detr", seed=3).bfloat16())
+
+
+def test_model_refuses_training_without_labels_and_methods_of_one_name(tmp_path):
+    model = trainer(tmp_path).model
+    with pytest.raises(ValueError, match="`labels` is missing"):
+        model.train()(torch.zeros(1, 3, zoo.SIZE, zoo.SIZE))
+    method = model.methods["kd_detr"]
+    with pytest.raises(ValueError, match="each name may stand once"):
+        DistillationModel(model.student, model.adapter, [method, method])
 
 
 def test_refuses_what_cannot_work(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -130,7 +131,7 @@ def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -
                 "--backbone_weights goes with --config_name; a checkpoint has its backbone's weights already."
             )
         return AutoModelForObjectDetection.from_pretrained(
-            arguments.model_name_or_path, config=config, ignore_mismatched_sizes=not same, **hub
+            arguments.model_name_or_path, config=config, ignore_mismatched_sizes=not same, dtype=torch.float32, **hub
         )
     model = AutoModelForObjectDetection.from_config(config)
     if arguments.backbone_weights is not None:
