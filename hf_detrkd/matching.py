@@ -190,6 +190,17 @@ class GroundTruthMatcher:
         return _box_cost(self, boxes, target_boxes).add_(classes, alpha=self.class_cost)
 
 
+def ground_truth_matches(view: DetrView, targets: Sequence[Mapping[str, Tensor]]) -> tuple[Match, ...]:
+    """The model's own assignment of its queries to the targets, with the costs its family trains with, layer by layer.
+
+    Args:
+        view: of an adapter.
+        targets: per image ``class_labels`` (N,) among the view's classes, and ``boxes`` (N, 4).
+    """
+    matcher = GroundTruthMatcher(*view.adapter.matching_costs, classification=view.classification)
+    return matcher(view.logits, view.boxes, targets)
+
+
 def _take(values: Tensor, index: Tensor) -> Tensor:
     trailing = values.shape[2:]
     return values.gather(1, index.view(*index.shape, *(1 for _ in trailing)).expand(*index.shape, *trailing))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,10 @@ class DistillationModel(nn.Module):
         parts = {"detection": self.detection_weight * output.loss}
         terms = {}
         if teacher_view is not None:
+            targets = view_targets(labels, self.adapter.classes)
             for name, method in self.methods.items():
                 prefix = f"{name}_" if len(self.methods) > 1 else ""
-                for term, value in method(view, teacher_view, labels, generator).items():
+                for term, value in method(view, teacher_view, targets, generator).items():
                     terms[prefix + term] = value
                     parts[prefix + term] = kd_scale * method.config.weights[term] * value
 
@@ -117,3 +118,21 @@ class DistillationModel(nn.Module):
         kd = [part for name, part in parts.items() if name != "detection"]
         norms["kd"] = norm(sum(kd)) if kd else parts["detection"].new_zeros(())
         return norms
+
+
+def view_targets(labels: Sequence[Mapping[str, Tensor]], classes: tuple[int, ...] | None) -> list[dict[str, Tensor]]:
+    """The targets as the views count classes; objects of classes that the views leave out are left out.
+
+    Args:
+        labels: per image ``class_labels`` (N,) and ``boxes`` (N, 4), classes as the student's head has them.
+        classes: the student's class for every class of the views; None: the same.
+    """
+    targets = [{name: image[name] for name in ("class_labels", "boxes")} for image in labels]
+    if classes is None:
+        return targets
+    kept = torch.tensor(classes, device=labels[0]["class_labels"].device)
+    for target in targets:
+        same = target["class_labels"][:, None] == kept
+        shared = same.any(-1)
+        target["class_labels"], target["boxes"] = same.int().argmax(-1)[shared], target["boxes"][shared]
+    return targets

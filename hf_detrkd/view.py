@@ -123,6 +123,25 @@ class DetrView:
             return self.logits.softmax(-1)[..., :-1]
         return self.logits.sigmoid()
 
+    def memory_maps(self) -> tuple[Tensor, ...]:
+        """Per level (B, D, h, w), fine to coarse: the maps that the decoder reads."""
+        return tuple(
+            level.mT.unflatten(-1, shape)
+            for level, shape in zip(self._levels(self.memory), self.memory_shapes, strict=True)
+        )
+
+    def memory_masks(self) -> tuple[Tensor, ...]:
+        """Per level (B, h, w), True = real; all True where the family knows no padding."""
+        mask = self.memory_mask
+        if mask is None:
+            mask = torch.ones(self.memory.shape[:2], dtype=torch.bool, device=self.memory.device)
+        return tuple(
+            level.unflatten(-1, shape) for level, shape in zip(self._levels(mask), self.memory_shapes, strict=True)
+        )
+
+    def _levels(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return tokens.split([height * width for height, width in self.memory_shapes], dim=1)
+
     def replay(self, *groups: Queries, detach_memory: bool = False) -> DetrView | tuple[DetrView, ...]:
         """Decode other queries on the memory of this view, with gradient.
 

@@ -123,6 +123,12 @@ class FamilyAdapter:
         """Channels of ``DetrView.features``, fine to coarse."""
         return tuple(self.feature_module.intermediate_channel_sizes)
 
+    @property
+    def matching_costs(self) -> tuple[float, float, float]:
+        """Of class, L1 and GIoU in the matching of queries with targets, as the family trains."""
+        config = self.model.config
+        return config.class_cost, config.bbox_cost, config.giou_cost
+
     # ---------------------------------------------------------------------------------------- what a family says
 
     @property

@@ -22,6 +22,11 @@ class RTDetrAdapter(FamilyAdapter):
     memory_mask_argument = None
     sampled = True
 
+    @property
+    def matching_costs(self) -> tuple[float, float, float]:
+        config = self.model.config
+        return config.matcher_class_cost, config.matcher_bbox_cost, config.matcher_giou_cost
+
     def own(self, number: int) -> slice:
         return slice(number - self.num_queries, number)  # denoising queries come first
 
