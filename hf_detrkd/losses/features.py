@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from .reduction import weighted_mean
 
 
 def scale_masks(boxes: Sequence[Tensor], mask: Tensor, *, inclusive: bool = False) -> tuple[Tensor, Tensor]:
@@ -20,22 +22,131 @@ def scale_masks(boxes: Sequence[Tensor], mask: Tensor, *, inclusive: bool = Fals
         inclusive: FGD's rasterisation, in which a box has the cell after its end too; else [floor, ceil).
     """
     foreground = torch.zeros(mask.shape, device=mask.device)
-    height, width = mask.any(2).sum(1), mask.any(1).sum(1)  # cells of the unpadded images
-    rows = torch.arange(mask.shape[1], device=mask.device)
-    columns = torch.arange(mask.shape[2], device=mask.device)
-    for image, image_boxes in enumerate(boxes):
-        if not len(image_boxes):
-            continue
-        centre, half = image_boxes[:, :2].float(), image_boxes[:, 2:].float() / 2
-        size = torch.stack([width[image], height[image]])
-        # Rounded: 0.25 * 4 may come out as 1.0000001 in float32, whose ceiling is another cell
-        first = ((centre - half) * size).mul(1e4).round().div(1e4).floor()
-        last = ((centre + half) * size).mul(1e4).round().div(1e4).ceil() - (0 if inclusive else 1)
-        inside_x = (columns >= first[:, :1]) & (columns <= last[:, :1])
-        inside_y = (rows >= first[:, 1:]) & (rows <= last[:, 1:])
-        inside = inside_y[:, :, None] & inside_x[:, None] & mask[image]  # (N, h, w)
-        cells = inside.flatten(1).sum(1).clamp(min=1)
-        foreground[image] = (inside / cells[:, None, None]).amax(0)
+    for image, inside in enumerate(_cells_of(boxes, mask, inclusive)):
+        if len(inside):
+            cells = inside.flatten(1).sum(1).clamp(min=1)
+            foreground[image] = (inside / cells[:, None, None]).amax(0)
     outside = (foreground == 0) & mask
     background = outside / outside.flatten(1).sum(1).clamp(min=1)[:, None, None]
     return foreground, background
+
+
+def _cells_of(boxes: Sequence[Tensor], mask: Tensor, inclusive: bool = False) -> Iterator[Tensor]:
+    """Image by image (N, h, w), True where a cell of the unpadded image touches a box."""
+    rows = torch.arange(mask.shape[1], device=mask.device)[:, None]
+    columns = torch.arange(mask.shape[2], device=mask.device)
+    sizes = torch.stack([mask.any(1).sum(1), mask.any(2).sum(1)], dim=-1)  # cells of the unpadded images
+    for image_boxes, size, real in zip(boxes, sizes, mask, strict=True):
+        centre, half = image_boxes[:, :2].float(), image_boxes[:, 2:].float() / 2
+        # Rounded: 0.25 * 4 may come out as 1.0000001 in float32, whose ceiling is another cell
+        first = ((centre - half) * size).mul(1e4).round().div(1e4).floor()[:, :, None, None]
+        last = ((centre + half) * size).mul(1e4).round().div(1e4).ceil()[:, :, None, None] - (0 if inclusive else 1)
+        inside_x = (columns >= first[:, 0]) & (columns <= last[:, 0])
+        inside_y = (rows >= first[:, 1]) & (rows <= last[:, 1])
+        yield inside_x & inside_y & real
+
+
+def box_scores(boxes: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """For every cell the highest score of a box that it touches, (B, h, w); 0 outside of all boxes and in padding.
+
+    Args:
+        boxes: (B, Q, 4) in [0, 1] of the unpadded image.
+        scores: (B, Q) in [0, 1].
+        mask: (B, h, w), True = real.
+    """
+    covered = [
+        torch.where(inside, image_scores[:, None, None], 0.0).amax(0)
+        for image_scores, inside in zip(scores.float(), _cells_of(boxes, mask), strict=True)
+    ]
+    return torch.stack(covered)
+
+
+def feature_mse(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over cells of the squared difference, averaged over channels.
+
+    Args:
+        student: (B, C, h, w).
+        teacher: (B, C, h, w), taken as a constant.
+        weight: (B, h, w) >= 0.
+    """
+    return weighted_mean((student.float() - teacher.detach().float()).square().mean(1), weight)
+
+
+def fgd(
+    student: Tensor,
+    teacher: Tensor,
+    masks: tuple[Tensor, Tensor],
+    mask: Tensor,
+    *,
+    temperature: float = 0.5,
+    alpha: float = 1e-3,
+    beta: float = 5e-4,
+    gamma: float = 1e-3,
+) -> Tensor:
+    """FGD's focal part (CVPR 2022, Eq. 8 and 9): where the teacher looks, objects apart from the background.
+
+    Sums over cells and channels, mean over images. The defaults are fgd.py's for RetinaNet
+    (yzd-v/FGD, mmdet/distillation/losses/fgd.py).
+
+    Args:
+        student: (B, C, h, w).
+        teacher: (B, C, h, w), taken as a constant.
+        masks: of `scale_masks`.
+        mask: (B, h, w), True = real.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    spatial, channel = _where_it_looks(teacher, mask, temperature)
+    own_spatial, own_channel = _where_it_looks(student, mask, temperature)
+    squared = ((student - teacher).square() * channel[:, :, None, None]).sum(1) * spatial
+    squared = torch.where(mask, squared, 0.0)
+    foreground, background = ((squared * part).sum() for part in masks)
+    attention = torch.where(mask, (own_spatial - spatial).abs(), 0.0).sum() + (own_channel - channel).abs().sum()
+    return (alpha * foreground + beta * background + gamma * attention) / len(student)
+
+
+def _where_it_looks(maps: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Spatial (B, h, w) and channel (B, C) attention with means 1 (FGD, Eq. 5 to 7), over the real cells."""
+    cells = mask.flatten(1).sum(1)
+    spatial = (maps.abs().mean(1) / temperature).masked_fill(~mask, -torch.inf).flatten(1).softmax(-1)
+    spatial = (spatial * cells[:, None]).view(mask.shape)
+    mean = (maps.abs() * mask[:, None]).flatten(2).sum(-1) / cells[:, None]
+    return spatial, maps.shape[1] * (mean / temperature).softmax(-1)
+
+
+def cwd(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Channel-wise distillation (ICCV 2021, Eq. 4): T² KL of each channel's softmax over the real cells, mean over channels.
+
+    Args:
+        student: (B, C, h, w).
+        teacher: (B, C, h, w), taken as a constant.
+        mask: (B, h, w), True = real.
+    """
+
+    def spread(maps: Tensor) -> Tensor:
+        logits = (maps.float() / temperature).masked_fill(~mask[:, None], torch.finfo(torch.float32).min)
+        return logits.flatten(2).log_softmax(-1)
+
+    log_q, log_p = spread(student), spread(teacher.detach())
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return weighted_mean(temperature**2 * divergence, torch.ones_like(divergence))
+
+
+def pkd(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Pearson distance (PKD, NeurIPS 2022, Eq. 4): ``1 - r`` of each channel over the cells of the batch, mean over channels.
+
+    Half the mean squared difference of the standardised maps. With the biased deviation it is exactly ``1 - r`` and
+    doubling the batch changes nothing; the released code's unbiased one gives (n - 1) / n of it.
+
+    Args:
+        student: (B, C, h, w).
+        teacher: (B, C, h, w), taken as a constant.
+        mask: (B, h, w), True = real.
+    """
+
+    def standardised(maps: Tensor) -> Tensor:
+        cells = maps.float().movedim(1, -1)[mask]  # (cells, C)
+        cells = cells - cells.mean(0)
+        return cells / (cells.square().mean(0).sqrt() + 1e-6)
+
+    distance = (standardised(student) - standardised(teacher.detach())).square().mean(-1) / 2
+    return weighted_mean(distance, torch.ones_like(distance))
