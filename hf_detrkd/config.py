@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +51,13 @@ class DistillationConfig(TrainingArguments):
     kd_stop: float = field(
         default=0,
         metadata={"help": "Step after which the teacher is left out; below 1, a share of all steps; 0: never."},
+    )
+    kd_decay: str = field(
+        default="none",
+        metadata={
+            "help": "Let the distillation terms fall to 0 at the end, or at `kd_stop`: none, linear (TADF, arXiv "
+            "2006.13108) or cosine."
+        },
     )
     layer_supervision: bool = field(
         default=True,
@@ -110,6 +118,8 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not value >= 0:  # NaN neither
                 raise ValueError(f"`{name}` is {value}; it must be 0 or more.")
+        if self.kd_decay not in ("none", "linear", "cosine"):
+            raise ValueError(f"`kd_decay` is {self.kd_decay!r}; allowed are 'none', 'linear', 'cosine'.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be in [0, 1), and 0 means no moving average.")
         if self.remove_unused_columns:
@@ -134,11 +144,17 @@ class DistillationConfig(TrainingArguments):
             )
 
     def kd_scale(self, step: int, max_steps: int) -> float:
-        """The factor of all distillation terms at ``step`` of ``max_steps``: ``kd_weight``, warmed up, then 0 after the stop."""
+        """The factor of all distillation terms at ``step`` of ``max_steps``.
+
+        ``kd_weight``, warmed up, 0 after the stop, and on the way there falling by ``1 - t`` (linear) or
+        ``(1 + cos(pi t)) / 2`` (cosine), t the share of the steps that are done.
+        """
         warmup, stop = (steps * max_steps if 0 < steps < 1 else steps for steps in (self.kd_warmup_steps, self.kd_stop))
         if stop and step >= stop:
             return 0.0
-        return self.kd_weight * min(1.0, (step + 1) / warmup) if warmup else self.kd_weight
+        done = step / (stop or max_steps)
+        decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.kd_decay]
+        return self.kd_weight * decay * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
 
 
 def _method_names(method: str | list[str]) -> list[str]:

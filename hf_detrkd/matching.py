@@ -80,13 +80,21 @@ class HungarianMatcher:
         _check_costs(self)
 
     @torch.no_grad()
-    def __call__(self, student: DetrView, teacher: DetrView, layers: Sequence[int] | None = None) -> tuple[Match, ...]:
+    def __call__(
+        self,
+        student: DetrView,
+        teacher: DetrView,
+        layers: Sequence[int] | None = None,
+        among: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Match, ...]:
         """One match of M = min(Q of the student, Q of the teacher) pairs per student layer; one transfer to the host.
 
         Args:
             student: its logits (L, B, Q, ...), boxes (L, B, Q, 4) and classification are read.
             teacher: the same classes in the same order; layers and queries may differ in number.
             layers: the teacher layer for every student layer; None for ``pair_layers``.
+            among: for every student layer which queries may be paired, (B, Q) of the student and (B, Q) of the teacher,
+                True = may; None for all. Then M is the most that an image has pairs.
 
         Raises:
             ValueError: the two views differ in classes or images.
@@ -99,9 +107,13 @@ class HungarianMatcher:
         with torch.autocast(device.type, enabled=False):
             costs = [self._cost(student, k, teacher, layer) for k, layer in enumerate(layers)]
         blocks = [list(layer) for layer in _to_host(costs)]
+        sides = [(None,) * len(block) for block in blocks] if among is None else _sides_to_host(among)
         # 300 x 300 takes 3 ms and more on one core, and scipy releases the interpreter lock.
         with ThreadPoolExecutor(min(os.cpu_count() or 1, len(blocks) * len(blocks[0]))) as pool:
-            futures = [[pool.submit(_assign, block) for block in layer] for layer in blocks]
+            futures = [
+                [pool.submit(_assign, *image) for image in zip(layer, of_layer, strict=True)]
+                for layer, of_layer in zip(blocks, sides, strict=True)
+            ]
         return matches([[future.result() for future in layer] for layer in futures], device)
 
     def _cost(self, student: DetrView, student_layer: int, teacher: DetrView, teacher_layer: int) -> Tensor:
@@ -223,8 +235,20 @@ def _to_host(costs: Sequence[Tensor]) -> list[np.ndarray]:
     return [part.view(cost.shape).numpy() for part, cost in zip(parts, costs, strict=True)]
 
 
-def _assign(cost: np.ndarray) -> Pairs:
-    rows, columns = linear_sum_assignment(cost)
+def _sides_to_host(among: Sequence[tuple[Tensor, Tensor]]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """The indices of the True ones of every layer and image, in one transfer."""
+    flat = torch.cat([side.flatten() for layer in among for side in layer]).cpu()
+    parts = iter(flat.split([side.numel() for layer in among for side in layer]))
+    sides = [[next(parts).view(side.shape).numpy() for side in layer] for layer in among]
+    return [[tuple(map(np.flatnonzero, image)) for image in zip(*layer, strict=True)] for layer in sides]
+
+
+def _assign(cost: np.ndarray, among: tuple[np.ndarray, np.ndarray] | None = None) -> Pairs:
+    if among is None:
+        rows, columns = linear_sum_assignment(cost)
+    else:
+        rows, columns = linear_sum_assignment(cost[np.ix_(*among)])
+        rows, columns = among[0][rows], among[1][columns]
     return torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
 
 

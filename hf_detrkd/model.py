@@ -83,7 +83,7 @@ class DistillationModel(nn.Module):
             raise ValueError("`labels` is missing: training needs the targets of every image, empty ones too.")
 
         with task_loss(self.adapter, per_layer=self.layer_supervision):
-            attentions = teacher_view is not None and any(method.attentions for method in self.methods.values())
+            attentions = teacher_view is not None and any("student" in m.attentions for m in self.methods.values())
             output, view = self.adapter.forward(inputs, attentions=attentions)
         parts = {"detection": self.detection_weight * output.loss}
         terms = {}

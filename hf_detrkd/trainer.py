@@ -194,7 +194,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None and scale > 0:
             if not teacher_inputs:
                 teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
-            attentions = any(method.attentions for method in wrapper.methods.values())
+            attentions = any("teacher" in method.attentions for method in wrapper.methods.values())
             # The same numbers on every process, in every accumulation step, and after a resume.
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
             options = {

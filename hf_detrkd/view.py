@@ -19,7 +19,7 @@ Boxes are ``(cx, cy, w, h)`` in [0, 1] of the unpadded image, as in transformers
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -41,6 +41,10 @@ class Queries:
     """(B, Q, D) positional embeddings, in families that don't compute them from the reference."""
     reference: Tensor | None = None
     """(B, Q, 4) boxes or (B, Q, 2) centres in [0, 1] from which the decoder starts."""
+    mask: Tensor | None = None
+    """(B, Q) True = real: no other query sees those that are padding. None: all are real."""
+    edge_reference: Tensor | None = None
+    """(B, Q, 4) boxes that distributions of edges are to be relative to; None: those that the decoder itself predicts."""
 
     def __len__(self) -> int:
         return self.content.shape[1]
@@ -49,11 +53,16 @@ class Queries:
         """The same queries without their graph."""
         return self._map(Tensor.detach)
 
+    def all_real(self) -> Queries:
+        """The same queries with a mask that says of all that they are real."""
+        return replace(self, mask=torch.ones(self.content.shape[:2], dtype=torch.bool, device=self.content.device))
+
     def select(self, index: Tensor) -> Queries:
         """The queries at ``index`` (B, k), image by image."""
 
         def take(value: Tensor) -> Tensor:
-            return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+            trailing = value.shape[2:]
+            return value.gather(1, index.view(*index.shape, *(1 for _ in trailing)).expand(*index.shape, *trailing))
 
         return self._map(take)
 
@@ -63,11 +72,13 @@ class Queries:
 
     @staticmethod
     def concatenate(groups: list[Queries]) -> Queries:
-        """One group after the other along Q. All groups must have the same parts."""
+        """One group after the other along Q, with the parts that all of them have; a missing mask is one of all real."""
+        if any(group.mask is not None for group in groups):
+            groups = [group if group.mask is not None else group.all_real() for group in groups]
 
         def join(name: str) -> Tensor | None:
             parts = [getattr(group, name) for group in groups]
-            return None if parts[0] is None else torch.cat(parts, dim=1)
+            return None if any(part is None for part in parts) else torch.cat(parts, dim=1)
 
         return Queries(**{f.name: join(f.name) for f in fields(Queries)})
 
@@ -112,6 +123,11 @@ class DetrView:
     """Per level (B, C, h, w), fine to coarse, as the backbone gives them."""
     self_attentions: AttentionMaps | None = None
     cross_attentions: AttentionMaps | None = None
+    edges: Tensor | None = None
+    """(L, B, Q, 4, bins) logits of the distributions of left, top, right and bottom; None where boxes are predicted
+    without distributions."""
+    edge_reference: Tensor | None = None
+    """(B, Q, 4) boxes that the distributions of all layers are relative to; without graph."""
     adapter: FamilyAdapter | None = None
     """The adapter that made the view; it decodes again on this view's memory."""
     decoder_arguments: dict | None = None

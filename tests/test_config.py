@@ -30,6 +30,7 @@ def test_defaults():
         "kd_weight": 1.0,
         "kd_warmup_steps": 0,
         "kd_stop": 0,
+        "kd_decay": "none",
         "layer_supervision": True,
         "backbone_lr_factor": 0.1,
         "ema_decay": 0.9999,
@@ -139,6 +140,14 @@ def test_kd_scale_warms_up():
     assert config(kd_warmup_steps=1).kd_scale(0, 10) == 1
 
 
+def test_kd_scale_decays():
+    """TADF (methods.md 9.6): r is 1, .75, .5, .25 over four steps; and it ends with the stop."""
+    assert schedule(config(kd_decay="linear"), range(4), 4) == [1, 0.75, 0.5, 0.25]
+    assert schedule(config(kd_decay="linear", kd_stop=2, kd_weight=3.0), range(4), 4) == [3, 1.5, 0, 0]
+    assert schedule(config(kd_decay="cosine"), range(3), 4) == pytest.approx([1, 0.853553, 0.5], abs=1e-6)
+    assert schedule(config(kd_decay="linear", kd_warmup_steps=2), range(2), 4) == [0.5, 0.75]
+
+
 def test_kd_scale_stops():
     expected = [1, 1, 1, 0, 0]
     assert schedule(config(kd_stop=3), range(5), 5) == expected
@@ -155,6 +164,7 @@ def test_kd_scale_stops():
         ({"kd_weight": float("nan")}, "`kd_weight` is nan; it must be 0 or more"),
         ({"kd_warmup_steps": -1}, "`kd_warmup_steps` is -1"),
         ({"kd_stop": -1}, "`kd_stop` is -1"),
+        ({"kd_decay": "exp"}, "`kd_decay` is 'exp'; allowed are 'none', 'linear', 'cosine'"),
         ({"backbone_lr_factor": -1}, "`backbone_lr_factor` is -1"),
         ({"gradient_share_steps": -1}, "`gradient_share_steps` is -1"),
         ({"ema_decay": 1.0}, r"`ema_decay` is 1.0; it must be in \[0, 1\), and 0 means no moving average"),

@@ -9,6 +9,7 @@ from torch import distributed
 from torch import multiprocessing as mp
 
 from hf_detrkd.losses import bernoulli_kl, class_kl, giou, l1, softmax_kl, weighted_mean
+from hf_detrkd.losses.boxes import iou, teacher_is_better
 from hf_detrkd.losses.logits import as_kind
 
 B, M, K = 2, 5, 4
@@ -271,3 +272,21 @@ def test_two_processes_are_one_big_batch(tmp_path):
         whole.backward()
         torch.testing.assert_close((loss_0 + loss_1) / 2, whole.detach())
         torch.testing.assert_close((gradient_0 + gradient_1) / 2, theta.grad)
+
+
+def test_where_the_teacher_is_better():
+    """methods.md 9.6: IoU .7 of the teacher against .5 counts, .45 against .5 doesn't."""
+
+    def overlapping(share: float) -> list[float]:  # inside the target, so the IoU is the share
+        return [0.5, 0.5, 0.4, 0.4 * share]
+
+    targets = [{"boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.9, 0.9, 0.1, 0.1]])}, {"boxes": torch.zeros(0, 4)}]
+    teacher = torch.tensor([[overlapping(0.7), overlapping(0.45)]] * 2)
+    student = torch.tensor([[overlapping(0.5), overlapping(0.5)]] * 2, requires_grad=True)
+    better = teacher_is_better(student, teacher, targets)
+    assert better.tolist() == [[True, False], [False, False]]
+    (l1(student, teacher, better) + giou(student, teacher, better)).backward()
+    assert student.grad[0, 0].any()
+    assert not student.grad[0, 1].any()
+    assert not student.grad[1].any()
+    torch.testing.assert_close(iou(teacher[0], targets[0]["boxes"][:1]), torch.tensor([0.7, 0.45]))

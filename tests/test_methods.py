@@ -11,24 +11,42 @@ import torch
 import zoo
 
 from hf_detrkd import DistillationModel
-from hf_detrkd.families import FamilyAdapter, adapter_for
+from hf_detrkd.families import FAMILIES, FamilyAdapter, adapter_for
 from hf_detrkd.labels import LabelMap
 from hf_detrkd.methods import METHODS, DistillationMethod, build_methods, configure
 from hf_detrkd.methods.base import check_choice
 
 SETTINGS = {"kd_detr": {"general_points": 5}}
 """So that the tests are fast; a method without a line runs with its defaults."""
-LAYERED = {"kd_detr": {"layers": "paired"}}
+LAYERED = {"kd_detr": {"layers": "paired"}, "ld": {"layers": "paired"}}
 """Settings under which every layer of an identical student has nothing to learn."""
+FAMILIES_OF = {"ld": {"d_fine", "deimv2"}, "clockdistill": {*FAMILIES} - {"yolos"}, "detrdistill": {*FAMILIES} - {"yolos"}}
+"""The families of a method that, with its default weights, isn't for all."""
+COVERED = {"clockdistill": {"lcmd_background"}}
+"""Terms that may be 0: where the memory has 2 x 2 cells the objects may cover it."""
 ZERO = {
     "kd_detr": {"specific_class", "specific_l1", "specific_giou", "general_class", "general_l1", "general_giou"},
     "logit_kd": {"class", "l1", "giou"},
+    "features": {"feature"},
+    "d3etr": {
+        f"{matching}_{term}"
+        for matching in ("adaptive", "fixed")
+        for term in ("class", "l1", "giou", "self_attention", "cross_attention")
+    },
+    "qskd": {"class", "l1", "giou", "feature"},
+    "detrdistill": {"logits_class", "logits_l1", "logits_giou", "feature"},
+    "clockdistill": {"lcmd_foreground", "lcmd_background", "tcld_class", "tcld_l1", "tcld_giou"},
+    "ld": {"ld"},
+    "drkd": {"pixel", "instance"},  # relation too, but it is small beside a difference too: test_drkd.py
 }
 """Terms that vanish for an identical student, by their definition."""
+FAINT = {"qskd": {"feature"}}
+"""Those that are small on the tiny models whatever the student: its mask leaves few cells."""
 
 SMALLER = {
     "detr": {"decoder_layers": 2, "num_queries": 4},
     "deformable_detr_two_stage": {"decoder_layers": 2, "two_stage_num_proposals": 4},
+    "yolos": {"num_hidden_layers": 2, "num_detection_tokens": 4},
 }
 SAME_FAMILY = [(name, name, SMALLER.get(name, SMALLER["detr"]), {}) for name in zoo.NAMES]
 CROSS_FAMILY = [
@@ -51,6 +69,8 @@ CROSS_FAMILY = [
     ("deimv2", "lw_detr", {}, {}),
     ("lw_detr", "rf_detr", {}, {"num_queries": 8}),
     ("rf_detr", "rt_detr_v2", {}, {}),
+    ("yolos", "dab-detr", {}, {"decoder_layers": 2}),
+    ("rt_detr", "yolos", {}, {"num_detection_tokens": 9}),
 ]
 PAIRS = [pair for pair in SAME_FAMILY + CROSS_FAMILY if {pair[0], pair[1]} <= set(zoo.NAMES)]
 EVERY_KIND = [  # of heads, and of queries
@@ -79,6 +99,10 @@ def wrapped(student, teacher, method: str, settings: dict | None = None, **optio
     labels = LabelMap.between(teacher.config.id2label, student.config.id2label)
     adapter = adapter_for(student, classes=labels.student_classes)
     teacher_adapter = adapter_for(teacher, classes=labels.teacher_classes)
+    if not {student.config.model_type, teacher.config.model_type} <= FAMILIES_OF.get(method, set(FAMILIES)):
+        pytest.skip("not for these families")
+    if not METHODS[method].needs_student <= adapter.provides:
+        pytest.skip("refused: the student lacks what the method needs")
     settings = {**SETTINGS.get(method, {}), **(settings or {})}
     methods = build_methods([method], settings, adapter, teacher_adapter)
     return DistillationModel(student, adapter, methods, **options), teacher_adapter
@@ -91,9 +115,16 @@ def a_pair(pair, method: str, settings: dict | None = None, **options):
 
 
 def see(adapter: FamilyAdapter, batch: dict):
-    """The view in evaluation, without labels."""
+    """The view in evaluation, without labels, with what any method may read."""
     with torch.no_grad():
-        return adapter.forward({name: value for name, value in batch.items() if name != "labels"})[1]
+        return adapter.forward({name: value for name, value in batch.items() if name != "labels"}, attentions=True)[1]
+
+
+def same_task_loss(module: DistillationModel, loss: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the bit, but where a method makes the student's decoder compute its attention in eager mode."""
+    (method,) = module.methods.values()
+    exact = {} if "student" in method.attentions else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(loss, expected, **exact)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -120,7 +151,23 @@ def close(a: dict, b: dict, rtol: float = 2e-4, atol: float = 1e-5) -> None:
 # What the task alone can teach: the selection of queries, denoising, D-FINE's head before the first layer ...
 TASK_ONLY = ("enc_", "denoising", "pre_bbox_head")
 # ... and a model's own queries, to methods that ask queries of their own.
-OWN_QUERIES = {"kd_detr": ("query_position", "query_refpoint", "reference_point", "ref_point_head", "query_feat")}
+_QUERIES = ("query_position", "query_refpoint", "reference_point", "ref_point_head", "query_feat")
+OWN_QUERIES = {
+    "kd_detr": _QUERIES,
+    "clockdistill": (*_QUERIES, "pos_trans"),
+    "ld": (*_QUERIES, "class_embed", "lqe_layers"),  # edges alone
+}
+
+MEMORY_ONLY = {"features", "drkd"}
+"""Methods that end at the memory: decoder and heads learn from the task alone."""
+ZERO_WITHOUT_TARGETS = {
+    "d3etr": {"group_l1", "group_giou"},
+    "qskd": {"class", "l1", "giou", "feature"},
+    "detrdistill": {"logits_class", "assign_l1", "assign_giou"},
+    "clockdistill": {"lcmd_foreground", "tcld_class", "tcld_l1", "tcld_giou"},
+    "drkd": {"relation", "instance"},
+}
+"""By method, the terms that are 0 for an image without targets."""
 
 
 @every_method
@@ -128,6 +175,10 @@ OWN_QUERIES = {"kd_detr": ("query_position", "query_refpoint", "reference_point"
 def test_step(method, pair):
     module, teacher = a_pair(pair, method)
     module.train()
+    with torch.no_grad():  # a scale that starts at 0 keeps the gradient from what lies behind it
+        for name, parameter in module.methods.named_parameters():
+            if name.endswith("scale"):
+                parameter.fill_(0.1)
     batch = zoo.batch()
     view = see(teacher, batch)
 
@@ -146,12 +197,16 @@ def test_step(method, pair):
     config = module.methods[method].config
 
     assert output.terms.keys() == config.weights.keys()
-    assert all(value.shape == () and value.isfinite() and value > 0 for value in output.terms.values())
+    assert all(value.shape == () and value.isfinite() for value in output.terms.values())
+    assert all(value > 0 for name, value in output.terms.items() if name not in COVERED.get(method, set()))
     torch.testing.assert_close(output.loss, sum(config.weights[name] * value for name, value in output.terms.items()))
-    assert torch.equal(output.detection_loss, task.loss)
+    same_task_loss(module, output.detection_loss, task.loss)
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     projectors = {name for name, _ in module.named_parameters() if name.startswith("methods.")}
     assert from_kd - from_task == projectors
+    if method in MEMORY_ONLY:
+        assert any("encoder" in name or "input_proj" in name or "backbone" in name for name in from_kd & from_task)
+        return
     allowed = (*TASK_ONLY, *OWN_QUERIES.get(method, ()))
     assert [name for name in sorted(from_task - from_kd) if not any(part in name for part in allowed)] == []
 
@@ -166,13 +221,15 @@ def test_identical_student(method, name):
     module, teacher_adapter = wrapped(copy.deepcopy(teacher), teacher, method, LAYERED.get(method))
     batch = zoo.batch(pad="padding" in teacher_adapter.provides)
     terms = terms_of(module.eval(), teacher_adapter, batch)
-    assert {term for term, value in terms.items() if abs(value) < 3e-4} >= ZERO[method]
+    faint = FAINT.get(method, set())
+    assert {term for term, value in terms.items() if abs(value) < (1e-9 if term in faint else 3e-4)} >= ZERO[method]
 
     with torch.no_grad():  # and the test would see a difference
         for parameter in module.student.parameters():
             parameter.mul_(1.1)
     terms = terms_of(module, teacher_adapter, batch)
-    assert all(terms[term] > 1e-3 for term in ZERO[method])
+    seen = ZERO[method] - COVERED.get(method, set())
+    assert all(terms[term] > (1e-6 if term in faint else 1e-3) for term in seen)
 
 
 @every_method
@@ -195,7 +252,10 @@ def test_images_without_targets(method, name, targets):
     output = module(**batch, teacher_view=see(teacher, batch), generator=rng())
     output.loss.backward()
     assert output.loss.isfinite()
-    assert all(value.isfinite() and value > 0 for value in output.terms.values())
+    zero = ZERO_WITHOUT_TARGETS.get(method, set()) if not any(targets) else set()
+    assert all(
+        value.isfinite() and (value == 0 if name in zero else value > 0) for name, value in output.terms.items()
+    )
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
@@ -242,7 +302,7 @@ def test_detection_is_left_alone(method, name):
         output = module(**batch, teacher_view=view, generator=rng())
         results.append((output.detection_loss, dict(module.student.named_buffers())))
     (loss, buffers), (distilled_loss, distilled_buffers) = results
-    assert torch.equal(loss, distilled_loss)
+    same_task_loss(module, distilled_loss, loss)
     assert all(torch.equal(buffers[key], distilled_buffers[key]) for key in buffers)
 
 
@@ -339,7 +399,9 @@ def test_two_steps_with_other_classes(method, student, teacher, classes):
         batch = zoo.batch(seed=step)
         output = module(**batch, teacher_view=see(teacher_adapter, batch), generator=rng(step))
         assert output.loss.isfinite()
-        assert all(value > 0 for value in output.terms.values())
+        # where none of the targets is of a class in common
+        zero = ZERO_WITHOUT_TARGETS.get(method, set()) | COVERED.get(method, set())
+        assert all(value > 0 or (value == 0 and name in zero) for name, value in output.terms.items())
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -359,6 +421,9 @@ def test_classes_are_mapped_by_name(method, name):
     teacher.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
     heads = [teacher.class_labels_classifier] if name == "detr" else [*teacher.model.decoder.class_embed]
     with torch.no_grad():
+        if name == "rt_detr":  # denoising too
+            embedding = teacher.model.denoising_class_embed.weight
+            embedding[: len(order)] = embedding[order]
         for head in heads:
             columns = [*order, 5][: len(head.bias)]
             head.weight.copy_(head.weight[columns])
@@ -375,6 +440,8 @@ def test_no_class_in_common():
 
 @every_method
 def test_softmax_over_one_class_is_refused(method):
+    if "class_loss" not in METHODS[method].config_class.__dataclass_fields__:
+        pytest.skip("no choice of a class loss")
     models = labelled("rt_detr", NAMES, 1), labelled("rt_detr", ("tree", "bus"), 2)
     with pytest.raises(ValueError, match=r"constant with a single class.*class_loss='bernoulli'"):
         wrapped(*models, method, {"class_loss": "softmax"})
@@ -434,7 +501,7 @@ def test_every_method_has_what_the_table_needs():
         assert method.name == name
         assert method.config_class().weights
         assert "Terms" in method.__doc__
-        assert "Differs from the paper" in method.__doc__
+        assert "Differs from the paper" in method.__doc__  # or papers
         if method.paper is not None:
             assert method.paper.title
             assert method.paper.bibtex.lstrip().startswith("@")

@@ -16,8 +16,8 @@ from hf_detrkd.matching import Match
 
 GROUPS = [name for name in zoo.NAMES if name in ("lw_detr", "rf_detr")]
 SINGLE = [name for name in zoo.NAMES if name not in GROUPS]
-OFF = [name for name in SINGLE if not zoo.config(name).auxiliary_loss]
-"""Families whose checkpoints come without per-layer supervision."""
+OFF = [name for name in SINGLE if name != "yolos" and not zoo.config(name).auxiliary_loss]
+"""Families whose checkpoints come without per-layer supervision of their several layers."""
 DENOISING = [name for name in zoo.NAMES if name in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")]
 MATCHES_DENOISING = Version(transformers.__version__) < Version("5.23")
 """Older losses match the last layer's denoising queries too (transformers PR 48528)."""
@@ -148,7 +148,7 @@ def test_per_layer_supervision_reaches_the_first_layer_directly(name):
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", sorted({*zoo.NAMES} - {"detr", "table-transformer", "conditional_detr"}))
+@pytest.mark.parametrize("name", sorted({*zoo.REPLAYED} - {"detr", "table-transformer", "conditional_detr"}))
 def test_per_layer_is_the_flag_where_the_flag_is_harmless(name, train):
     """Also for Group DETR, whose loss needs the layers' predictions for all groups."""
     batch = zoo.batch()
@@ -188,8 +188,8 @@ def test_the_matching_is_kept(name, targets, train):
         pytest.skip("this transformers matches the denoising queries too")
     model, batch = zoo.build(name).train(train), zoo.batch(targets=targets)
     _, view, task = run(model, batch, per_layer=True)
-    assert len(task.matching) == (1 if name in ("d_fine", "deimv2") else zoo.LAYERS)
-    for match, layer in zip(reversed(task.matching), reversed(range(zoo.LAYERS)), strict=False):
+    assert len(task.matching) == (1 if name in ("d_fine", "deimv2", "yolos") else zoo.LAYERS)
+    for match, layer in zip(reversed(task.matching), reversed(range(len(view.logits))), strict=False):
         expected = transformers_matching(model, view, layer, batch["labels"])
         for image, (queries, target) in enumerate(expected):
             real = match.weight[image] > 0

@@ -13,6 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedModel
 
+from hf_detrkd.families import FAMILIES
+
 transformers.logging.set_verbosity_error()
 
 SIZE = 64
@@ -105,6 +107,11 @@ def _lw(model_type: str, **backbone) -> dict:
     }
 
 
+def _yolos() -> dict:
+    vit = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": WIDTH}
+    return {**vit, "image_size": [SIZE, SIZE], "patch_size": 16, "num_detection_tokens": QUERIES}
+
+
 CONFIGS: dict[str, tuple[str, dict]] = {
     "detr": ("detr", _detr()),
     "table-transformer": ("table-transformer", _detr()),
@@ -125,9 +132,12 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         },
     ),
     "rf_detr": ("rf_detr", _lw("rf_detr_dinov2", num_windows=2)),
+    "yolos": ("yolos", _yolos()),
 }
 NAMES: list[str] = [name for name, (model_type, _) in CONFIGS.items() if model_type in transformers.CONFIG_MAPPING]
 """All of `CONFIGS` that the installed transformers has."""
+REPLAYED: list[str] = [name for name in NAMES if FAMILIES[CONFIGS[name][0]].replays]
+"""Those with a decoder that takes other queries."""
 
 
 def config(name: str, classes: int = CLASSES, **overrides):

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import copy
 import platform
+import resource
+import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
 from ..evaluation.detector import evaluate_detector
@@ -28,7 +31,7 @@ from ..reporting.curves import plot_curves
 from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
 from ..students import inherit
-from ..trainer import DistillationTrainer, load_detector
+from ..trainer import DistillationTrainer, digest, load_detector
 from .arguments import DataArguments, ModelArguments, parse
 from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
 
@@ -48,6 +51,8 @@ class DistillArguments:
         default=False,
         metadata={"help": "Student (and twin) start from the teacher's weights wherever name and shape agree."},
     )
+    evaluate_teacher: bool = field(default=True, metadata={"help": "Measure the teacher too."})
+    only_teacher: bool = field(default=False, metadata={"help": "Measure the teacher, and train nothing."})
     sheet_images: int = field(default=8, metadata={"help": "Images on the sheet of detections; 0: no sheet."})
 
 
@@ -59,21 +64,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return distill(model_arguments, data_arguments, extra, args)
 
 
-def distill(
-    model_arguments: ModelArguments, data_arguments: DataArguments, extra: DistillArguments, args: DistillationConfig
-) -> dict[str, Any]:
-    """Student, and where asked for its twin, from flags to ``results.json``, curves and an image sheet."""
-    say = print if args.should_log else (lambda *_: None)
-    output = Path(args.output_dir)
-    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is made of."""
+
+    data: Data
+    teacher: PreTrainedModel | None
+    teacher_processor: BaseImageProcessor | None
+    student: PreTrainedModel
+    processor: BaseImageProcessor
+    build: Callable[[], PreTrainedModel]
+    """The student again, from the same weights."""
+
+
+def prepare(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    extra: DistillArguments,
+    args: DistillationConfig,
+    say: Callable[[str], None] = print,
+) -> Prepared:
+    """Data, teacher and student from flags.
+
+    With method none a teacher is loaded where one is named: for the weights that the student inherits, and because the
+    size to which augmented images are resized depends on both. So a twin trained alone is the twin of a distilled run.
+    """
     with args.main_process_first(desc="data set"):
         data = load_data(data_arguments, args.seed, say, model_arguments.cache_dir, model_arguments.token)
-
     teacher = teacher_processor = None
-    if args.method != ["none"]:
-        teacher_path = args.teacher_model_name_or_path
-        if teacher_path is None:
-            raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
+    teacher_path = args.teacher_model_name_or_path
+    if teacher_path is not None:
         options = dict(
             args.teacher_model_init_kwargs or {}, cache_dir=model_arguments.cache_dir, token=model_arguments.token
         )
@@ -81,45 +101,57 @@ def distill(
             options["revision"] = args.teacher_model_revision
         teacher = load_detector(teacher_path, **options)
         teacher_processor = AutoImageProcessor.from_pretrained(extra.teacher_image_processor_name or teacher_path)
+    elif args.method != ["none"]:
+        raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
 
     def build() -> PreTrainedModel:
         set_seed(args.seed)  # student and twin start from the same weights
         model = build_detector(model_arguments, data.train.id2label)
         if extra.inherit_from_teacher:
             if teacher is None:
-                raise ValueError("--inherit_from_teacher needs a teacher, and --method none has none.")
+                raise ValueError("--inherit_from_teacher needs --teacher_model_name_or_path.")
             say(f"{inherit(model, teacher)} tensors inherited from the teacher")
         return model
 
     student = build()
     processor = build_image_processor(model_arguments, student)
     augment(data, data_arguments, processor, teacher_processor)
-    results: dict[str, Any] = {"teacher": None, "twin": None}
-    if teacher is not None:
-        results["teacher"] = {
-            "name_or_path": teacher.name_or_path,
-            "parameters": teacher.num_parameters(),
-            "test": evaluate_detector(
-                teacher,
-                teacher_processor,
-                data.test,
-                batch_size=args.per_device_eval_batch_size,
-                num_workers=args.dataloader_num_workers,
-                mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
-            ),
-        }
-        say(f"teacher on {data.test_split}: AP {100 * results['teacher']['test']['map']:.1f}")
+    return Prepared(data, teacher, teacher_processor, student, processor, build)
 
-    runs = {"student": (student, args, teacher)}
-    if extra.with_twin and teacher is not None:
-        runs["twin"] = (build(), twin_of(args), None)
-    histories, models = {}, {} if teacher is None else {"teacher": (teacher, teacher_processor)}
+
+def distill(
+    model_arguments: ModelArguments, data_arguments: DataArguments, extra: DistillArguments, args: DistillationConfig
+) -> dict[str, Any]:
+    """Student, and where asked for its twin, from flags to ``results.json``, curves and an image sheet."""
+    say = print if args.should_log else (lambda *_: None)
+    output = Path(args.output_dir)
+    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    run = prepare(model_arguments, data_arguments, extra, args, say)
+    data, teacher, processor = run.data, run.teacher, run.processor
+    results: dict[str, Any] = {"teacher": None, "twin": None, "data": data_of(data)}
+    if teacher is not None:
+        results["teacher"] = teacher_row(run, args, measure=extra.evaluate_teacher or extra.only_teacher)
+        for split, metrics in (("validation", "validation"), (data.test_split, "test")):
+            if results["teacher"][metrics]:
+                say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
+    recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
+    if extra.only_teacher:
+        results |= recorded
+        if args.should_save:
+            write_json(results, output / "results.json")
+        return results
+
+    distilled = args.method != ["none"]
+    runs = {"student": (run.student, args, teacher if distilled else None)}
+    if extra.with_twin and distilled:
+        runs["twin"] = (run.build(), twin_of(args), None)
+    histories, models = {}, {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
     for role, (model, arguments, its_teacher) in runs.items():
         say(f"\n{role}: {model.num_parameters() / 1e6:.2f} M parameters, method {'+'.join(arguments.method)}")
-        results[role], histories[role] = train(model, arguments, data, processor, its_teacher, teacher_processor)
+        results[role], histories[role] = train(model, arguments, data, processor, its_teacher, run.teacher_processor)
         models[role] = (model, processor)
 
-    results |= {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
+    results |= recorded
     if args.should_save:
         write_json(results, output / "results.json")
         plot_curves(histories, output / "curves.png")
@@ -134,12 +166,36 @@ def distill(
     return results
 
 
+def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[str, Any]:
+    """The teacher for ``results.json``; its metrics where they are to be measured."""
+    row: dict[str, Any] = {
+        "name_or_path": run.teacher.name_or_path,
+        "digest": digest(run.teacher),
+        "parameters": run.teacher.num_parameters(),
+    }
+    for split in ("validation", "test"):
+        row[split] = {}
+        if measure:
+            row[split] = evaluate_detector(
+                run.teacher,
+                run.teacher_processor,
+                getattr(run.data, split),
+                batch_size=args.per_device_eval_batch_size,
+                num_workers=args.dataloader_num_workers,
+                mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+            )
+    return row
+
+
 def train(model, args: DistillationConfig, data: Data, processor, teacher, teacher_processor) -> tuple[dict, list]:
     """Trains one detector and evaluates it on the validation and test splits.
 
     Returns:
         the row for ``results.json`` and the log history.
     """
+    initial, clock = digest(model), StepClock()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     trainer = DistillationTrainer(
         model=model,
         teacher_model=teacher,
@@ -148,6 +204,7 @@ def train(model, args: DistillationConfig, data: Data, processor, teacher, teach
         eval_dataset=data.validation,
         processing_class=processor,
         teacher_processing_class=teacher_processor,
+        callbacks=[clock],
     )
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -158,9 +215,15 @@ def train(model, args: DistillationConfig, data: Data, processor, teacher, teach
     test = trainer.evaluate(data.test, metric_key_prefix="test")
     row = {
         "method": "+".join(args.method),
+        "model_type": model.config.model_type,
+        "initial_digest": initial,
         "parameters": model.num_parameters(),
         "steps": result.global_step,
         "train_seconds": round(seconds, 1),
+        "step_seconds": clock.median(),
+        "peak_memory_MiB": round(peak_memory(), 1),
+        "gradient_shares": mean_shares(trainer.state.log_history),
+        "curve": [[log["step"], log["eval_map"]] for log in trainer.state.log_history if "eval_map" in log],
         "resumed_from": args.resume_from_checkpoint,
         "validation": {name.removeprefix("validation_"): value for name, value in validation.items()},
         "test": {name.removeprefix("test_"): value for name, value in test.items()},
@@ -168,6 +231,44 @@ def train(model, args: DistillationConfig, data: Data, processor, teacher, teach
     for split, metrics in (("train", result.metrics), ("validation", validation), ("test", test)):
         trainer.save_metrics(split, metrics)
     return row, trainer.state.log_history
+
+
+class StepClock(TrainerCallback):
+    """Times steps from the end of one to the end of the next, so the loading of data counts."""
+
+    def __init__(self):
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    def median(self) -> float | None:
+        """Seconds of the median step: evaluations and checkpoints, and what else the machine did now and then, don't
+        count. None where there were fewer than two steps."""
+        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        return statistics.median(seconds) if seconds else None
+
+
+def peak_memory() -> float:
+    """MiB: of the GPU since its peak was reset; without one of the process, since its start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+
+
+def mean_shares(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """By term, and ``kd`` for all of them: the mean share of the gradient norm over the logs that have it."""
+    names = dict.fromkeys(name for log in history for name in log if name.startswith("gradient_share_"))
+    return {
+        name.removeprefix("gradient_share_"): statistics.mean(log[name] for log in history if name in log)
+        for name in names
+    }
+
+
+def data_of(data: Data) -> dict[str, Any]:
+    """What the training depends on besides the flags: how many images there are, and how they are augmented."""
+    sizes = {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
+    return {"images": sizes, "test_split": data.test_split, "augmentation": asdict(data.train.augmentation)}
 
 
 def twin_of(args: DistillationConfig) -> DistillationConfig:

@@ -171,7 +171,7 @@ def family_image_processor(model: PreTrainedModel) -> BaseImageProcessor:
     return classes["torchvision"]()
 
 
-def write_json(values: dict, path: str | Path) -> None:
+def write_json(values: dict | list, path: str | Path) -> None:
     """Readable JSON; whole or not at all."""
     import json
 

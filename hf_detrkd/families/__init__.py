@@ -14,6 +14,7 @@ from .deformable_detr import DeformableDetrAdapter
 from .detr import DetrAdapter, TableTransformerAdapter
 from .lw_detr import LwDetrAdapter, RfDetrAdapter
 from .rt_detr import RTDetrAdapter, RTDetrV2Adapter
+from .yolos import YolosAdapter
 
 FAMILIES: dict[str, type[FamilyAdapter]] = {
     "conditional_detr": ConditionalDetrAdapter,
@@ -27,6 +28,7 @@ FAMILIES: dict[str, type[FamilyAdapter]] = {
     "rt_detr": RTDetrAdapter,
     "rt_detr_v2": RTDetrV2Adapter,
     "table-transformer": TableTransformerAdapter,
+    "yolos": YolosAdapter,
 }
 
 

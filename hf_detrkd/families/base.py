@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..view import Classification, DetrView, Queries
+from ..view import AttentionMaps, Classification, DetrView, Queries
 from . import capture
 from .capture import DecoderCall
 from .classes import checked_classes, keep_classes
@@ -50,12 +50,14 @@ class FamilyAdapter:
     """Whether cross-attention samples points (deformable attention) instead of attending to all of the memory."""
     always_eager: ClassVar[bool] = False
     """Attention is eager whatever the config says, and gives its maps if ``output_attentions`` asks the decoder to."""
+    replays: ClassVar[bool] = True
+    """Whether the decoder can decode other queries on the memory it has."""
     boxes_to_queries: ClassVar[bool] = True
+    has_edges: ClassVar[bool] = False
+    """Whether boxes are predicted as distributions of their edges, `edge_bins`."""
 
     def __init__(self, model: PreTrainedModel, classes: Sequence[int] | None = None):
         self.model = model
-        self.base = model.model  # RT-DETR of transformers 5.17 has no `base_model`
-        self.decoder = self.base.decoder
         self._check_model()
         self.classes = checked_classes(classes, model.config.num_labels)
         self._call: DecoderCall | None = None
@@ -68,10 +70,12 @@ class FamilyAdapter:
 
         "replay"; "self_attentions", and "cross_attentions" (over all of the memory) or "sampled_attentions"; "padding"
         (pixel masks are read); "content" (queries start from embeddings, not from zeros), "position" (they take
-        position embeddings), "reference" (they carry a box or a centre), "queries_from_boxes".
+        position embeddings), "reference" (they carry a box or a centre), "queries_from_boxes", "label_content" (which
+        reads the labels it is given); "query_mask" (a replay takes queries of which some are padding);
+        "edge_distributions" (of which boxes are the expectation).
         """
         has = {
-            "replay": True,
+            "replay": self.replays,
             "self_attentions": True,
             "cross_attentions": not self.sampled,
             "sampled_attentions": self.sampled,
@@ -80,6 +84,9 @@ class FamilyAdapter:
             "position": self.position_argument is not None,
             "reference": self.reference_size > 0,
             "queries_from_boxes": self.boxes_to_queries,
+            "label_content": self.embeds_labels,
+            "query_mask": self._takes_mask(),
+            "edge_distributions": self.has_edges,
         }
         return frozenset(name for name, provided in has.items() if provided)
 
@@ -87,6 +94,16 @@ class FamilyAdapter:
     def learned_content(self) -> bool:
         """False where the content of every query is zeros."""
         return True
+
+    @property
+    def embeds_labels(self) -> bool:
+        """Whether `queries_from_boxes` makes content of labels."""
+        return False
+
+    @property
+    def edge_bins(self) -> tuple[int, float, float] | None:
+        """What the bins of the edges' distributions stand for: D-FINE's number of the last bin, `up` and `reg_scale`."""
+        return None
 
     @property
     def reference_size(self) -> int:
@@ -132,6 +149,29 @@ class FamilyAdapter:
     # ---------------------------------------------------------------------------------------- what a family says
 
     @property
+    def base(self) -> nn.Module:
+        """The model without its heads."""
+        return self.model.model  # RT-DETR of transformers 5.17 has no `base_model`
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module whose call turns queries and memory into the states that the heads read."""
+        return self.base.decoder
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder's, L of them."""
+        return self.decoder.layers
+
+    def arguments(self, args: tuple, kwargs: dict) -> dict:
+        """What a call of the decoder is given; "inputs_embeds" (B, N, D) are its queries."""
+        return kwargs
+
+    def memory(self, call: DecoderCall) -> Tensor:
+        """(B, S, D) what the decoder cross-attends to."""
+        return call.arguments["encoder_hidden_states"]
+
+    @property
     def feature_module(self) -> nn.Module:
         """The module whose output is the backbone's feature maps."""
         return self.base.backbone
@@ -147,6 +187,10 @@ class FamilyAdapter:
     def heads(self, call: DecoderCall, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """(L, B, Q, D) hidden states, (L, B, Q, K or K + 1) logits and (L, B, Q, 4) boxes of some queries of a call."""
         raise NotImplementedError
+
+    def edges(self, call: DecoderCall, part: slice) -> tuple[Tensor | None, Tensor | None]:
+        """(L, B, Q, 4, bins) logits of the edges' distributions and (B, Q, 4) boxes they are relative to."""
+        return None, None
 
     def queries(self, call: DecoderCall, part: slice) -> Queries:
         """Some of the queries that entered a call."""
@@ -171,14 +215,25 @@ class FamilyAdapter:
         """What the model is to see instead of the decoder's output; None: the output itself."""
         return None
 
+    def keep_attentions(self, stack: ExitStack, call: DecoderCall) -> None:
+        """Records the weights of every attention, in eager mode, which alone gives them."""
+        capture.keep_attentions(stack, call, self.layers, self.cross_attention)
+        if not self.always_eager:
+            capture.use_eager_attention(stack, self.decoder.config)
+
     def keep_locations(self, stack: ExitStack, call: DecoderCall) -> None:
         """Records where every cross-attention samples."""
-        capture.keep_locations(stack, call, self.decoder.layers, self.cross_attention)
+        capture.keep_locations(stack, call, self.layers, self.cross_attention)
 
     def sampling_levels(self) -> tuple[int, ...]:
         """Points that one head samples on each level."""
-        attention = getattr(self.decoder.layers[0], self.cross_attention)
+        attention = getattr(self.layers[0], self.cross_attention)
         return (attention.n_points,) * attention.n_levels
+
+    def attention_maps(self, call: DecoderCall, part: slice) -> tuple[AttentionMaps, AttentionMaps]:
+        """What was recorded of some of the queries of a call: among them, and between them and the memory."""
+        levels = self.sampling_levels() if self.sampled else None
+        return capture.self_attentions(call, part), capture.cross_attentions(call, part, levels)
 
     # ---------------------------------------------------------------------------------------- forward
 
@@ -198,7 +253,7 @@ class FamilyAdapter:
             decoding = stack.enter_context(ExitStack())
 
             def before(module, args, kwargs):
-                call.arguments = kwargs
+                call.arguments = self.arguments(args, kwargs)
                 decoding.enter_context(self._decoding(call, attentions, replaying=False))
                 return args, {**kwargs, **self._flags(attentions)}
 
@@ -269,12 +324,14 @@ class FamilyAdapter:
 
         Args:
             view: of this adapter, from `forward` or `replay`.
-            groups: (B, k, ...) each, any k.
+            groups: (B, k, ...) each, any k. What the view says of queries that a group's mask calls padding is finite
+                and means nothing.
             detach_memory: gradients stop at the memory instead of flowing on to encoder and backbone.
         """
         attentions = view.self_attentions is not None
         self._check_call(attentions)
         groups = [self._check_queries(view, queries) for queries in groups]
+        masked = len(groups) > 1 or any(queries.mask is not None for queries in groups)
         if not groups or (len(groups) > 1 and not self._takes_mask()):
             return tuple(self.replay(view, (queries,), detach_memory)[0] for queries in groups)
 
@@ -285,12 +342,13 @@ class FamilyAdapter:
         with ExitStack() as stack:
             groups = self.prepare_replay(stack, groups)
             call.arguments = {**memory, **self._query_arguments(view, groups)}
-            if len(groups) > 1:
-                mask = capture.group_mask([len(group) for group in groups], call.arguments["inputs_embeds"])
+            if masked:
+                real = Queries.concatenate(groups).mask
+                mask = capture.group_mask([len(group) for group in groups], call.arguments["inputs_embeds"], real)
                 if self.mask_argument:
                     call.arguments[self.mask_argument] = mask
                 else:
-                    capture.mask_self_attention(stack, self.decoder.layers, mask)
+                    capture.mask_self_attention(stack, self.layers, mask)
             stack.enter_context(self._decoding(call, attentions, replaying=True))
             call.output = self.decoder(**{**call.arguments, **self._flags(attentions)})
         predictions = self._predict(call, slice(0, len(call)))
@@ -323,13 +381,11 @@ class FamilyAdapter:
         with ExitStack() as stack:
             for module, training in self.training_flags(replaying):
                 capture.set_training(stack, module, training)
-            capture.keep_layers(stack, call, self.decoder.layers)
+            capture.keep_layers(stack, call, self.layers)
             if attentions:
-                capture.keep_attentions(stack, call, self.decoder.layers, self.cross_attention)
+                self.keep_attentions(stack, call)
                 if self.sampled:
                     self.keep_locations(stack, call)
-                if not self.always_eager:
-                    capture.use_eager_attention(stack, self.decoder.config)
             yield
 
     def _flags(self, attentions: bool) -> dict:
@@ -372,11 +428,10 @@ class FamilyAdapter:
         hidden, logits, boxes = predictions
         arguments, mask = call.arguments, self.memory_mask_argument
         shapes = arguments.get("spatial_shapes_list") or [call.features[-1].shape[-2:]]
-        among_queries = capture.self_attentions(call, part) if attentions else None
-        levels = self.sampling_levels() if self.sampled else None
-        to_memory = capture.cross_attentions(call, part, levels) if attentions else None
+        among_queries, to_memory = self.attention_maps(call, part) if attentions else (None, None)
         of_queries = {"inputs_embeds", self.position_argument, self.mask_argument}
         arguments = {name: x for name, x in arguments.items() if name not in of_queries}
+        edges, edge_reference = self.edges(call, part)
         if self.reference_argument:
             arguments[self.reference_argument] = arguments[self.reference_argument][:, part]
         return DetrView(
@@ -385,18 +440,20 @@ class FamilyAdapter:
             hidden_states=hidden,
             classification=self.classification,
             queries=queries,
-            memory=arguments["encoder_hidden_states"],
+            memory=self.memory(call),
             memory_shapes=tuple((int(height), int(width)) for height, width in shapes),
             memory_mask=arguments[mask].bool() if mask else None,
             features=call.features,
             self_attentions=among_queries,
             cross_attentions=to_memory,
+            edges=edges,
+            edge_reference=edge_reference,
             adapter=self,
             decoder_arguments=arguments,
         )
 
     def _checkpointing(self) -> bool:
-        return any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.decoder.layers)
+        return any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
 
     # ---------------------------------------------------------------------------------------- checks
 
@@ -406,7 +463,7 @@ class FamilyAdapter:
     def _check_call(self, attentions: bool) -> None:
         if not self._checkpointing():
             return
-        function = next(layer._gradient_checkpointing_func for layer in self.decoder.layers)
+        function = next(layer._gradient_checkpointing_func for layer in self.layers)
         if getattr(function, "keywords", {}).get("use_reentrant", True):
             raise ValueError(
                 "The model uses reentrant gradient checkpointing, under which losses on attention maps silently lose "
@@ -434,6 +491,17 @@ class FamilyAdapter:
                     f"`{name}` of the queries has shape {shape}; the decoder of this {self.model.config.model_type} "
                     f"model needs (B, k, {size}) with B {len(view.memory)}."
                 )
+        if queries.mask is not None and not self._takes_mask():
+            raise ValueError(
+                f"The queries have a `mask`, which the self-attention of this {self.model.config.model_type} decoder "
+                f"doesn't take ({self.decoder.config._attn_implementation!r} attention). Decode images with equally "
+                "many queries together, without a mask."
+            )
+        if queries.edge_reference is not None and not self.has_edges:
+            raise ValueError(
+                f"The queries have an `edge_reference`, but {self.model.config.model_type} predicts boxes without "
+                "distributions of their edges. Leave it out."
+            )
         if self.model.dtype.itemsize == 2:  # a model in half precision takes no other
             queries = replace(queries, **{name: getattr(queries, name).to(self.model.dtype) for name in sizes})
         return queries

@@ -99,11 +99,19 @@ def mask_self_attention(stack: ExitStack, layers: Iterable[nn.Module], mask: Ten
         stack.callback(layer.self_attn.register_forward_pre_hook(put, with_kwargs=True).remove)
 
 
-def group_mask(sizes: Sequence[int], content: Tensor) -> Tensor:
-    """(B, 1, N, N) float mask under which each of N queries sees its own group: 0, and minus infinity elsewhere."""
+def group_mask(sizes: Sequence[int], content: Tensor, real: Tensor | None = None) -> Tensor:
+    """(B, 1, N, N) float mask under which each of N queries sees its own group: 0, and minus infinity elsewhere.
+
+    Where ``real`` (B, N) is False a query is padding, which sees the group but which none but itself sees.
+    """
     group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(content.device)
-    mask = torch.zeros(len(group), len(group), dtype=content.dtype, device=content.device)
-    return mask.masked_fill(group[:, None] != group, -torch.inf).expand(len(content), 1, -1, -1)
+    hidden = group[:, None] != group
+    if real is not None:
+        # A softmax needs something to see, so padding sees at least itself
+        itself = torch.eye(len(group), dtype=torch.bool, device=content.device)
+        hidden = hidden | (~real[:, None] & ~itself)
+    mask = torch.zeros(hidden.shape, dtype=content.dtype, device=content.device).masked_fill(hidden, -torch.inf)
+    return mask.view(-1, 1, *hidden.shape[-2:]).expand(len(content), 1, -1, -1)
 
 
 def use_eager_attention(stack: ExitStack, config: PretrainedConfig) -> None:

@@ -36,10 +36,14 @@ class RTDetrAdapter(FamilyAdapter):
         hidden, logits, boxes = (x.transpose(0, 1)[:, :, part] for x in layers)
         return self._head_input(hidden), logits, boxes
 
+    @property
+    def embeds_labels(self) -> bool:
+        return self.model.config.num_denoising > 0
+
     def queries_from_boxes(self, view: DetrView, boxes: Tensor, labels: Tensor | None = None) -> Queries:
         """Content is the model's denoising embedding of the label where there are labels, else the nearest query's."""
         queries = super().queries_from_boxes(view, boxes, labels)
-        if labels is None or self.model.config.num_denoising == 0:
+        if labels is None or not self.embeds_labels:
             return queries
         if self.classes is not None:
             labels = torch.tensor(self.classes, device=labels.device)[labels]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -35,20 +36,40 @@ def giou(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     return weighted_mean(1 - generalized_iou(student, teacher.detach()), weight)
 
 
+@torch.no_grad()
+def teacher_is_better(student: Tensor, teacher: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """(B, M) True where the teacher's box of a pair overlaps a target more than the student's (TADF, arXiv 2006.13108).
+
+    The target is the one that the teacher's box overlaps most. False everywhere in an image without targets.
+
+    Args:
+        student: (B, M, 4).
+        teacher: (B, M, 4) of the same pairs.
+        targets: per image ``boxes`` (N, 4).
+    """
+    better = torch.zeros(student.shape[:2], dtype=torch.bool, device=student.device)
+    for image, target in enumerate(targets):
+        if len(target["boxes"]):
+            overlap, nearest = iou(teacher[image][:, None], target["boxes"][None]).max(1)
+            better[image] = overlap > iou(student[image], target["boxes"][nearest])
+    return better
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU in [0, 1], float32, elementwise over (..., 4); 0 where neither box has an area."""
+    intersection, union = _overlap(_corners(a), _corners(b))
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU (Rezatofighi et al., CVPR 2019, Algorithm 1) in [-1, 1], float32.
 
     Elementwise over (..., 4); for every pair of (B, M, 4) and (B, N, 4) give ``a[:, :, None], b[:, None]``. Two boxes
     without an area count as disjoint instead of NaN.
     """
-    (a_left, a_top, a_right, a_bottom), (b_left, b_top, b_right, b_bottom) = _corners(a), _corners(b)
-    intersection = _area(
-        torch.maximum(a_left, b_left),
-        torch.maximum(a_top, b_top),
-        torch.minimum(a_right, b_right),
-        torch.minimum(a_bottom, b_bottom),
-    )
-    union = _area(a_left, a_top, a_right, a_bottom) + _area(b_left, b_top, b_right, b_bottom) - intersection
+    corners = _corners(a), _corners(b)
+    intersection, union = _overlap(*corners)
+    (a_left, a_top, a_right, a_bottom), (b_left, b_top, b_right, b_bottom) = corners
     hull = _area(
         torch.minimum(a_left, b_left),
         torch.minimum(a_top, b_top),
@@ -62,6 +83,16 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cx, cy, w, h = boxes.float().unbind(-1)
     return cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h
+
+
+def _overlap(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of boxes as corners."""
+    first, last = (
+        [torch.maximum(x, y) for x, y in zip(a[:2], b[:2], strict=True)],
+        [torch.minimum(x, y) for x, y in zip(a[2:], b[2:], strict=True)],
+    )
+    intersection = _area(*first, *last)
+    return intersection, _area(*a) + _area(*b) - intersection
 
 
 def _area(left: Tensor, top: Tensor, right: Tensor, bottom: Tensor) -> Tensor:

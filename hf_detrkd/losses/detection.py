@@ -62,7 +62,7 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
     original, assigned = model.loss_function, model.__dict__.get("_loss_function")
 
     def loss_function(logits, labels, device, pred_boxes, config, outputs_class=None, outputs_coord=None, *args, **kw):
-        if per_layer and not config.auxiliary_loss:
+        if per_layer and not config.auxiliary_loss and adapter.num_layers > 1:
             config = copy.copy(config)
             config.auxiliary_loss = True
             if outputs_class is None or outputs_coord is None:

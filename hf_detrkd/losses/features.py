@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
+from torch.nn.utils.rnn import pad_sequence
 
+from .boxes import iou
 from .reduction import weighted_mean
 
 
@@ -146,7 +149,68 @@ def pkd(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     def standardised(maps: Tensor) -> Tensor:
         cells = maps.float().movedim(1, -1)[mask]  # (cells, C)
         cells = cells - cells.mean(0)
-        return cells / (cells.square().mean(0).sqrt() + 1e-6)
+        return cells / (cells.square().mean(0) + 1e-12).sqrt()  # inside: the root of 0 has an infinite gradient
 
     distance = (standardised(student) - standardised(teacher.detach())).square().mean(-1) / 2
     return weighted_mean(distance, torch.ones_like(distance))
+
+
+def box_quality(scores: Tensor, boxes: Tensor, target_boxes: Sequence[Tensor], *, gamma: float | None = None) -> Tensor:
+    """How good predicted boxes are, (B, n): ``score * IoU`` or, with ``gamma``, ``score^gamma * IoU^(1 - gamma)``.
+
+    IoU is the highest with any target of the image, whatever its class, of the part of the box inside the image. Where
+    an image has no targets the quality is the score (DETRDistill, ICCV 2023; its released head, lines 816-855).
+
+    Args:
+        scores: (B, n) in [0, 1].
+        boxes: (B, n, 4) in the unit of the targets, which must be [0, 1] of the image.
+        target_boxes: per image (N, 4).
+    """
+    # One box without an area more, which overlaps nothing: there is a maximum where no image has targets too
+    objects = pad(pad_sequence([image.float() for image in target_boxes], batch_first=True), (0, 0, 0, 1))
+    present = torch.tensor([[len(image) > 0] for image in target_boxes], device=scores.device)
+    centre, size = boxes.float().split(2, dim=-1)
+    low, high = (centre - size / 2).clamp(0, 1), (centre + size / 2).clamp(0, 1)
+    inside = torch.cat([(low + high) / 2, high - low], dim=-1)
+    overlap = iou(inside[:, :, None], objects[:, None]).amax(-1)
+    scores = scores.float()
+    quality = scores * overlap if gamma is None else scores**gamma * overlap ** (1 - gamma)
+    return torch.where(present, quality, scores)
+
+
+def target_aware_mask(states: Tensor, quality: Tensor, maps: Tensor, mask: Tensor, *, floor: float = 0.01) -> Tensor:
+    """Where the objects are that a decoder saw, (B, h, w) with maximum 1 in every image; 0 in padding.
+
+    ``max(sum_n quality_n cos(state_n, map_hw), floor)``, divided by its maximum over the real cells (DETRDistill, ICCV
+    2023; the released distiller.py, lines 211-233).
+
+    Args:
+        states: (B, n, D) decoder states.
+        quality: (B, n) >= 0.
+        maps: (B, D, h, w) of the same model.
+        mask: (B, h, w), True = real.
+    """
+    states, maps = normalize(states.detach().float(), dim=-1), normalize(maps.detach().float(), dim=1)
+    # The sum over queries goes before the product with the map: no (B, n, h, w)
+    direction = (quality.detach()[..., None] * states).sum(1)
+    similarity = (direction[:, :, None, None] * maps).sum(1)
+    raised = torch.where(mask, similarity.clamp(min=floor), 0.0)
+    return raised / raised.flatten(1).amax(1).clamp(min=floor)[:, None, None]
+
+
+def squared_sums(student: Tensor, teacher: Tensor, masks: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_p m_p ||F^T_p - F^S_p||²`` under each of two masks, summed over channels and cells, mean over images.
+
+    CLoCKDistill's memory distillation (arXiv 2502.10683, section 3.1) before its factors alpha and beta: FGD's focal
+    part without attention. No mean over channels: alpha and beta are made for the sum.
+
+    Args:
+        student: (B, C, h, w).
+        teacher: (B, C, h, w), taken as a constant.
+        masks: (B, h, w) each, of `scale_masks`.
+        mask: (B, h, w), True = real.
+    """
+    squared = (student.float() - teacher.detach().float()).square().sum(1)
+    squared = torch.where(mask, squared, 0.0)
+    foreground, background = ((squared * part).sum() / len(squared) for part in masks)
+    return foreground, background

@@ -8,12 +8,28 @@ from typing import Any
 
 from ..families import FamilyAdapter
 from .base import DistillationMethod, Paper, configure
+from .cl_detr import CLDetr, CLDetrConfig
+from .clockdistill import CLoCKDistill, CLoCKDistillConfig
+from .d3etr import D3ETR, D3ETRConfig
+from .detrdistill import DETRDistill, DETRDistillConfig
+from .drkd import DRKD, DRKDConfig
+from .features import Features, FeaturesConfig
 from .kd_detr import KDDetr, KDDetrConfig
+from .ld import LD, LDConfig
 from .logit_kd import LogitKD, LogitKDConfig
+from .qskd import QSKD, QSKDConfig
 
 METHODS: dict[str, type[DistillationMethod]] = {
     "logit_kd": LogitKD,
     "kd_detr": KDDetr,
+    "features": Features,
+    "d3etr": D3ETR,
+    "qskd": QSKD,
+    "detrdistill": DETRDistill,
+    "clockdistill": CLoCKDistill,
+    "cl_detr": CLDetr,
+    "ld": LD,
+    "drkd": DRKD,
 }
 """``none``, the twin, is the absence of a method."""
 
@@ -50,13 +66,29 @@ def build_methods(
 
 
 __all__ = [
+    "DRKD",
+    "D3ETR",
+    "LD",
+    "DETRDistill",
     "METHODS",
+    "QSKD",
+    "D3ETRConfig",
+    "DETRDistillConfig",
+    "CLDetr",
+    "CLDetrConfig",
+    "CLoCKDistill",
+    "CLoCKDistillConfig",
+    "DRKDConfig",
     "DistillationMethod",
+    "Features",
+    "FeaturesConfig",
     "KDDetr",
     "KDDetrConfig",
+    "LDConfig",
     "LogitKD",
     "LogitKDConfig",
     "Paper",
+    "QSKDConfig",
     "build_methods",
     "configure",
 ]

@@ -36,8 +36,8 @@ class DistillationMethod(nn.Module):
     needs_student: ClassVar[frozenset[str]] = frozenset()
     """Capabilities (`FamilyAdapter.provides`) without which the method can't run."""
     needs_teacher: ClassVar[frozenset[str]] = frozenset()
-    attentions: ClassVar[bool] = False
-    """Whether the views must hold attention maps."""
+    attentions: frozenset[str] = frozenset()
+    """Whose views must hold attention maps: "student", "teacher". An instance may need less than its class says."""
 
     def __init__(self, config, student: FamilyAdapter, teacher: FamilyAdapter):
         super().__init__()

@@ -78,6 +78,11 @@ class Features(DistillationMethod):
         super().__init__(config, student, teacher)
         if not config.weights["feature"]:
             raise ValueError("the weight `feature` is 0, so there is nothing to distil. Use method none.")
+        if config.tap == "backbone" and not any(p.requires_grad for p in student.feature_module.parameters()):
+            raise ValueError(
+                "`tap='backbone'` compares the backbone's maps, but the student's backbone is frozen, so it can't learn "
+                "from them. Unfreeze it, or use tap='memory'."
+            )
         self.maps = MapProjector(student, teacher, config.tap, always=config.adapter == "always")
         channels = (
             [teacher.memory_width] if config.tap == "memory" else teacher.feature_channels[-len(self.maps.levels) :]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..losses.boxes import giou, l1
+from ..losses.boxes import giou, l1, teacher_is_better
 from ..losses.logits import class_kl
 from ..matching import pair_layers
 from ..projectors import QueryProjector
@@ -31,6 +31,9 @@ class KDDetrConfig:
     class_loss: str = "softmax"
     """Of sigmoid students: "softmax" over the classes, as released, or "bernoulli" per class, which also teaches what is
     background. Softmax students always have the softmax form."""
+    class_normalization: str = "weights"
+    """"weights": a weighted mean, as the boxes; "released": a sum over queries and images divided by the class slots
+    (kd_loss.py 128-145; its weight is then 1). It grows with the batch."""
     box_coordinates: str = "mean"
     """"mean" of the four |differences| as released, or "sum" as TPRD."""
     layers: str = "final"
@@ -41,6 +44,8 @@ class KDDetrConfig:
     """"uniform" as the paper, "logit_normal" as the released code."""
     general_weight_floor: float = 0.0
     """Least weight of a general point."""
+    better_boxes_only: bool = False
+    """Box terms only where the teacher's box is nearer to a target than the student's (TADF)."""
     content: str = "project"
     """Content of the specific points in the student: the teacher's through a linear map ("project") or the student's
     own at the same place ("own")."""
@@ -49,6 +54,7 @@ class KDDetrConfig:
         check_choice(
             self,
             class_loss=("softmax", "bernoulli"),
+            class_normalization=("weights", "released"),
             box_coordinates=("mean", "sum"),
             layers=("final", "paired"),
             general_distribution=("uniform", "logit_normal"),
@@ -135,7 +141,7 @@ class KDDetr(DistillationMethod):
                 foreground = foreground.clamp(min=self.config.general_weight_floor)
             for s, t in enumerate(self.teacher_layers):
                 weight = foreground[t]
-                terms[f"{group}_class"] = terms[f"{group}_class"] + class_kl(
+                divergence = class_kl(
                     reply.logits[s],
                     reply.classification,
                     answer.logits[t],
@@ -144,6 +150,11 @@ class KDDetr(DistillationMethod):
                     temperature=self.temperature,
                     form=self.config.class_loss,
                 )
+                if self.config.class_normalization == "released":
+                    divergence = divergence * weight.sum() / reply.logits.shape[-1]
+                if self.config.better_boxes_only:
+                    weight = weight * teacher_is_better(reply.boxes[s], answer.boxes[t], targets)
+                terms[f"{group}_class"] = terms[f"{group}_class"] + divergence
                 terms[f"{group}_l1"] = terms[f"{group}_l1"] + l1(
                     reply.boxes[s], answer.boxes[t], weight, coordinates=self.config.box_coordinates
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..losses.boxes import giou, l1
+from ..losses.boxes import giou, l1, teacher_is_better
 from ..losses.logits import class_kl
 from ..matching import HungarianMatcher, pair_layers
 from .base import DistillationMethod, check_choice, check_class_loss
@@ -21,6 +21,8 @@ class LogitKDConfig:
     """Of sigmoid students: "bernoulli" per class, or "softmax" over the classes. Softmax students always have the latter."""
     layers: str = "all"
     """"all": every student layer with its teacher layer (`pair_layers`); "last": the last ones only."""
+    better_boxes_only: bool = False
+    """Box terms only where the teacher's box is nearer to a target than the student's (TADF, arXiv 2006.13108)."""
 
     def __post_init__(self):
         check_choice(self, class_loss=("bernoulli", "softmax"), layers=("all", "last"))
@@ -67,6 +69,8 @@ class LogitKD(DistillationMethod):
                 temperature=self.config.temperature,
                 form=self.config.class_loss,
             )
+            if self.config.better_boxes_only:
+                weight = weight * teacher_is_better(*boxes, targets)
             terms["l1"] = terms["l1"] + l1(*boxes, weight)
             terms["giou"] = terms["giou"] + giou(*boxes, weight)
         return terms

@@ -1,0 +1,235 @@
+"""A grid of runs: data sets x pairs x methods x seeds, from a YAML file to the recipe of every cell.
+
+common:                    # flags of distill.py for every cell
+  num_train_epochs: 20
+data:                      # by name, the flags of a data set
+  bccd: {dataset_name: ../shared/data/bccd, image_size: 160}
+pairs:                     # by name, the teacher and the student's flags; "{data}" is the data set's name
+  rt_detr: {teacher: "runs/{data}/teacher", config_name: student.json}
+methods:                   # by name, the fields of a method; the twin `none` is always there
+  kd_detr: {kd_weight: 3}
+  heavy: {method: kd_detr, kd_weight: 9}
+  longer_twin: {time_of: kd_detr}      # the twin, trained as long in time as the runs of kd_detr
+seeds: [0, 1, 2]
+overrides:                 # by pattern of data/pair/method, more flags; a mapping or the file that tune.py wrote
+  "bccd/rt_detr/kd_detr": {kd_weight: 2}
+skip: ["*/detr/heavy"]     # patterns of cells that aren't run
+split: test                # what is reported; `validation` for grids that choose settings: these never see test
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..reporting.fairness import HARMLESS, METHOD_FIELDS
+from ..reporting.summary import TWIN
+from .distill import last_complete_checkpoint
+
+TEACHER = "teacher"
+OF_THE_HARNESS = frozenset(
+    {"output_dir", "seed", "with_twin", "evaluate_teacher", "only_teacher", "resume_from_checkpoint"}
+)
+SECTIONS = ("common", "data", "pairs", "methods", "seeds", "overrides", "skip", "split")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a distilled student, a twin, or the measurement of a teacher."""
+
+    data: str
+    pair: str
+    method: str
+    seed: int | None
+    """None of the teacher."""
+    recipe: Mapping[str, Any]
+    """The flags of distill.py."""
+    folder: Path
+    time_of: str | None = None
+    """A longer twin: the method whose time it gets."""
+
+    @property
+    def name(self) -> str:
+        """data/pair/method/seed0, or data/pair/teacher."""
+        return "/".join([self.data, self.pair, self.method, *([] if self.seed is None else [f"seed{self.seed}"])])
+
+    @property
+    def results(self) -> Path:
+        """The file that is there once the cell is done."""
+        return self.folder / "results.json"
+
+    def read(self) -> dict[str, Any]:
+        """What the cell wrote."""
+        return json.loads(self.results.read_text())
+
+    def changes(self) -> list[str]:
+        """Settings that differ from those the cell was begun with, in words; none where it hasn't begun."""
+        path = self.folder / "recipe.yaml"
+        if not path.is_file():
+            return []
+        begun = yaml.safe_load(path.read_text())
+        free = HARMLESS | ({"max_steps"} if self.time_of else set())
+        return [
+            f"{name} {begun.get(name)!r} -> {self.recipe.get(name)!r}"
+            for name in sorted((begun.keys() | self.recipe.keys()) - free)
+            if begun.get(name) != self.recipe.get(name)
+        ]
+
+    def state(self) -> str:
+        """``done``, ``changed``, ``to do``, or the checkpoint from which it would go on."""
+        if self.changes():
+            return "changed"
+        if self.results.is_file():
+            return "done"
+        checkpoint = last_complete_checkpoint(self.folder)
+        return "to do" if checkpoint is None else Path(checkpoint).name
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells, in the order in which they are best run: seed by seed, the twin before the methods."""
+
+    name: str
+    split: str
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    """The teachers' among them."""
+
+    def cell(self, data: str, pair: str, method: str, seed: int | None = None) -> Cell | None:
+        """The cell, where the grid has it."""
+        found = (c for c in self.cells if (c.data, c.pair, c.method, c.seed) == (data, pair, method, seed))
+        return next(found, None)
+
+    def steps_in_time(self, cell: Cell) -> int:
+        """The steps a longer twin has: as many as take the time of the distilled run of the same seed."""
+        twin, other = (self.cell(cell.data, cell.pair, method, cell.seed).read() for method in (TWIN, cell.time_of))
+        ratio = other["student"]["step_seconds"] / twin["student"]["step_seconds"]
+        return round(twin["student"]["steps"] * ratio)
+
+    def needs(self, cell: Cell) -> list[Cell]:
+        """The cells that must be done before: of a twin its teacher, of the others the twin too."""
+        names = [(TEACHER, None)] if cell.method != TEACHER else []
+        if cell.method not in (TEACHER, TWIN):
+            names.append((TWIN, cell.seed))
+        if cell.time_of:
+            names.append((cell.time_of, cell.seed))
+        return [needed for name in names if (needed := self.cell(cell.data, cell.pair, *name)) is not None]
+
+    def selected(self, pattern: str) -> list[Cell]:
+        """The cells whose name fits a pattern, and what they need."""
+        chosen = [cell for cell in self.cells if fnmatchcase(cell.name, pattern)]
+        if not chosen:
+            raise ValueError(
+                f"{pattern!r} fits no cell of {self.name}; cells are called {self.cells[-1].name} and so on."
+            )
+        wanted = {
+            needed.name for cell in chosen for first in self.needs(cell) for needed in (first, *self.needs(first))
+        }
+        wanted |= {cell.name for cell in chosen}
+        return [cell for cell in self.cells if cell.name in wanted]
+
+
+def read_grid(path: str | Path, runs: str | Path = "runs") -> Grid:
+    """The grid in a YAML file, whose cells lie in ``runs``/<name of the file>/.
+
+    Raises:
+        ValueError: for unknown sections and fields, and where a method's cells would differ from the twin's in more than
+            the method's own fields.
+    """
+    path = Path(path)
+    content = yaml.safe_load(path.read_text())
+    unknown = sorted(set(content) - set(SECTIONS))
+    lacking = [name for name in ("data", "pairs", "methods", "seeds") if not content.get(name)]
+    if unknown or lacking:
+        raise ValueError(f"{path}: unknown sections {unknown}, missing {lacking}; a grid has {', '.join(SECTIONS)}.")
+    split = content.get("split", "test")
+    if split not in ("test", "validation"):
+        raise ValueError(f"{path}: `split` is {split!r}; allowed are test, validation.")
+    overrides = content.get("overrides") or {}
+    if isinstance(overrides, str):
+        overrides = yaml.safe_load(Path(overrides).read_text())
+    methods = {TWIN: {}} | {name: dict(fields or {}) for name, fields in content["methods"].items()}
+    for name, fields in methods.items():
+        strange = sorted(set(fields) - METHOD_FIELDS - {"time_of"})
+        if strange or name == TEACHER or (fields.get("time_of", name) == name and "time_of" in fields):
+            raise ValueError(
+                f"{path}: method {name!r} sets {strange or fields}. A method may set {', '.join(sorted(METHOD_FIELDS))}, "
+                "or `time_of` another method (the longer twin): in everything else it must be like its twin."
+            )
+        if fields.get("time_of", TWIN) not in methods:
+            raise ValueError(f"{path}: `time_of` of {name!r} is {fields['time_of']!r}; methods are {sorted(methods)}.")
+    cells = []
+    for seed in content["seeds"]:
+        for data, data_flags in content["data"].items():
+            for pair, pair_flags in content["pairs"].items():
+                base = {**(content.get("common") or {}), **(data_flags or {}), **_named(pair_flags, data)}
+                folder = Path(runs) / path.stem / data / pair
+                group = [
+                    _cell(folder, base, overrides, data, pair, method, seed, split, fields)
+                    for method, fields in methods.items()
+                    if not _fits(content.get("skip") or [], f"{data}/{pair}/{method}")
+                ]
+                _check_alike(path, group)
+                if seed == content["seeds"][0] and group:
+                    cells.append(_teacher(folder, group[0]))
+                cells += group
+    return Grid(path.stem, split, tuple(content["seeds"]), tuple(cells))
+
+
+def _named(flags: Mapping[str, Any], data: str) -> dict[str, Any]:
+    flags = {name: value.replace("{data}", data) if isinstance(value, str) else value for name, value in flags.items()}
+    if "teacher" not in flags:
+        raise ValueError(f"A pair needs a `teacher`, a folder or a Hub id; it has {sorted(flags)}.")
+    return {"teacher_model_name_or_path": flags.pop("teacher"), **flags}
+
+
+def _fits(patterns, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _cell(folder: Path, base, overrides, data, pair, method, seed, split, fields) -> Cell:
+    recipe = {"report_to": "none", "disable_tqdm": True, "sheet_images": 0, **base}
+    recipe |= {"method": method, **fields}
+    time_of = recipe.pop("time_of", None)
+    for pattern, flags in overrides.items():
+        if fnmatchcase(f"{data}/{pair}/{method}", pattern):
+            recipe |= flags
+    managed = sorted(OF_THE_HARNESS & recipe.keys())
+    if managed:
+        raise ValueError(f"The grid sets {managed}, which the harness sets itself.")
+    if method == TWIN or time_of:
+        recipe = {name: value for name, value in recipe.items() if name not in METHOD_FIELDS} | {"method": TWIN}
+    if split == "validation":
+        recipe["dataset_test_split"] = recipe.get("dataset_validation_split", "validation")
+    folder = folder / method / f"seed{seed}"
+    recipe |= {"seed": seed, "output_dir": str(folder), "evaluate_teacher": False, "resume_from_checkpoint": True}
+    return Cell(data, pair, method, seed, recipe, folder, time_of)
+
+
+def _teacher(folder: Path, cell: Cell) -> Cell:
+    """The measurement of the teacher, through the data and settings of the student's runs."""
+    folder = folder / TEACHER
+    recipe = {name: value for name, value in cell.recipe.items() if name not in METHOD_FIELDS}
+    recipe |= {"method": TWIN, "output_dir": str(folder), "only_teacher": True}
+    return Cell(cell.data, cell.pair, TEACHER, None, recipe, folder)
+
+
+def _check_alike(path: Path, group: list[Cell]) -> None:
+    """The cells of one seed may differ in the fields of their methods only."""
+    for cell in group[1:]:
+        different = sorted(
+            name
+            for name in (cell.recipe.keys() | group[0].recipe.keys()) - METHOD_FIELDS - {"output_dir"}
+            if cell.recipe.get(name) != group[0].recipe.get(name)
+        )
+        if different:
+            raise ValueError(
+                f"{path}: {cell.name} and {group[0].name} differ in {different}. Only the fields of a method may differ, "
+                f"{', '.join(sorted(METHOD_FIELDS))}: give the others to the data set, the pair or all."
+            )

@@ -1,0 +1,73 @@
+"""Whether a distilled run and its twin differ in the method alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHOD_FIELDS = frozenset({"method", "method_config", "kd_weight", "kd_warmup_steps", "kd_stop", "kd_decay"})
+"""All in which a distilled run may differ from its twin."""
+HARMLESS = frozenset(
+    {
+        "dataloader_num_workers",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "disable_tqdm",
+        "gradient_share_steps",
+        "logging_steps",
+        "output_dir",
+        "report_to",
+        "resume_from_checkpoint",
+        "run_name",
+        "save_total_limit",
+        "sheet_images",
+    }
+)
+"""Settings that change no number of a result."""
+TRAINING_LENGTH = frozenset({"settings.DistillationConfig.max_steps", "student.steps"})
+
+
+def check_fair(result: Mapping[str, Any], twin: Mapping[str, Any], name: str, *, longer: bool = False) -> None:
+    """Compares what two runs recorded in their ``results.json``.
+
+    Settings, number of images, augmentation, the initial weights, the steps, the teacher and the versions must agree;
+    the fields of a method, and what changes no result, may differ.
+
+    Args:
+        name: of the run, for the message.
+        longer: the run is a twin that was trained for longer; its steps differ.
+
+    Raises:
+        ValueError: naming the fields that differ, with their values.
+    """
+    ours, theirs = _flat(_compared(result)), _flat(_compared(twin))
+    may_differ = TRAINING_LENGTH if longer else frozenset()
+    different = [
+        f"{field} ({ours.get(field)!r}, the twin {theirs.get(field)!r})"
+        for field in sorted((ours.keys() | theirs.keys()) - may_differ)
+        if ours.get(field) != theirs.get(field)
+    ]
+    if different:
+        raise ValueError(
+            f"{name} and its twin differ in more than the method: {', '.join(different)}. Their comparison would say "
+            "nothing about the method: delete the folder of the one that is not as the grid says, and run it again."
+        )
+
+
+def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
+    student = {name: result["student"][name] for name in ("initial_digest", "steps", "parameters")}
+    settings = {
+        group: {name: value for name, value in values.items() if name not in METHOD_FIELDS | HARMLESS}
+        for group, values in result["settings"].items()
+    }
+    versions = {name: value for name, value in result["versions"].items() if name != "machine"}
+    teacher = (result["teacher"] or {}).get("digest")
+    return {"settings": settings, "student": student, "data": result["data"], "teacher": teacher, "versions": versions}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

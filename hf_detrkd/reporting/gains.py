@@ -1,0 +1,123 @@
+"""Pictures of a grid: gains with their intervals, and AP against steps and against time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .curves import PALETTE
+from .summary import TWIN
+
+DPI = 80
+
+
+def plot_gains(summary: Mapping[str, Any], path: str | Path) -> None:
+    """Writes a PNG: for every pair the gain of each method with its interval and seeds, and the share of the gap closed."""
+    groups = _groups(summary)
+    heights = [0.4 * len(rows) + 1 for rows in groups.values()]
+    figure = Figure(figsize=(10, sum(heights) + 0.4), layout="constrained")
+    panels = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
+    for (gain, gap), (name, rows) in zip(panels, groups.items(), strict=True):
+        labels = [row["method"] for row in rows]
+        for place, row in enumerate(rows):
+            if row["delta_low"] is not None:
+                gain.plot([row["delta_low"], row["delta_high"]], [place, place], color=PALETTE[0], linewidth=2)
+            gain.plot(row["deltas"], [place] * len(row["deltas"]), "|", color=PALETTE[1], markersize=9)
+            gain.plot(row["delta"], place, "o", color=PALETTE[0])
+        gain.axvline(0, color="black", linewidth=0.8)
+        gain.set(title=f"{name}: gain over the twin (AP points)", yticks=range(len(rows)), yticklabels=labels)
+        gap.barh(range(len(rows)), [row["gap_closed"] or 0 for row in rows], color=PALETTE[2], height=0.5)
+        gap.axvline(100, color="black", linewidth=0.8, linestyle=":")
+        gap.set(title="share of the gap to the teacher closed (%)", yticks=range(len(rows)), yticklabels=[])
+        for axes in (gain, gap):
+            axes.invert_yaxis()
+            axes.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
+def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
+    """Writes a PNG: for every pair AP on the validation split against steps and against the time that they take."""
+    groups = _groups(summary)
+    figure = Figure(figsize=(10, 3.6 * len(groups)), layout="constrained")
+    for (by_step, by_time), (name, rows) in zip(
+        figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True
+    ):
+        for index, method in enumerate([TWIN, *(row["method"] for row in rows)]):
+            runs = [run for key, run in summary["runs"].items() if key.startswith(f"{name}/{method}/")]
+            _lines(by_step, by_time, runs, "twin" if method == TWIN else method, index)
+        by_step.set(title=f"{name}: AP, validation split", xlabel="optimisation step")
+        by_time.set(title="the same", xlabel="minutes of training steps")
+        by_step.legend(fontsize="small")
+        for axes in (by_step, by_time):
+            axes.grid(alpha=0.3)
+            axes.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def plot_diagnoses(cells: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Writes a PNG with a row per cell: agreement of the matchings by layer, gradient share of the terms, gains by size and
+    class.
+
+    Args:
+        cells: by name, as `diagnose_cells` returns them.
+    """
+    figure = Figure(figsize=(13, 3.2 * len(cells)), layout="constrained")
+    panels = figure.subplots(len(cells), 3, squeeze=False)
+    for (matching, terms, gains), (name, cell) in zip(panels, cells.items(), strict=True):
+        for color, (who, shares) in zip(PALETTE, cell["matching_agreement"].items(), strict=False):
+            layers = range(1, len(shares) + 1)
+            matching.plot(layers, [100 * share for share in shares], marker="o", color=color, label=who)
+        alone = cell["without_partner"]
+        share = "none" if alone is None else f"{100 * alone:.0f} % of {cell['teacher_detections']}"
+        matching.set(title=f"{name}\ntargets matched as by the teacher (%)", xlabel="decoder layer", ylim=(0, 100))
+        matching.set_xticks(range(1, 1 + max(map(len, cell["matching_agreement"].values()))))
+        matching.text(
+            0.02, 0.03, f"teacher's detections without object: {share}", transform=matching.transAxes, fontsize=8
+        )
+        matching.legend(fontsize="small")
+        for axes, title, values in (
+            (terms, "share of the gradient norm (%)", {k: 100 * v for k, v in cell["gradient_shares"].items()}),
+            (gains, "gain over the twin (AP points, validation)", cell["gains"]),
+        ):
+            axes.barh(range(len(values)), list(values.values()), color=PALETTE[0])
+            axes.set(title=title, yticks=range(len(values)), yticklabels=list(values))
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.invert_yaxis()
+            axes.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
+def _lines(by_step: Axes, by_time: Axes, runs: list[Mapping[str, Any]], label: str, index: int) -> None:
+    """The mean over the seeds, as far as all of them have been evaluated."""
+    # A run evaluates once an epoch or every so many steps, so the seeds agree in the steps
+    curves = [dict(map(tuple, run["curve"])) for run in runs]
+    steps = sorted(set.intersection(*map(set, curves)))
+    if not steps:
+        return
+    points = [100 * statistics.mean(curve[step] for curve in curves) for step in steps]
+    style = (
+        {"color": PALETTE[(index - 1) % len(PALETTE)], "linewidth": 1.4}
+        if index
+        else {"color": "black", "linestyle": "--"}
+    )
+    by_step.plot(steps, points, label=label, **style)
+    seconds = [run["step_seconds"] for run in runs if run["step_seconds"]]
+    if seconds:
+        by_time.plot([step * statistics.mean(seconds) / 60 for step in steps], points, label=label, **style)
+
+
+def _groups(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in summary["rows"]:
+        groups.setdefault(f"{row['dataset']}/{row['pair']}", []).append(row)
+    return groups
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)

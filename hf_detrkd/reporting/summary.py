@@ -1,0 +1,287 @@
+"""A grid's runs as numbers: every method beside its twin, with intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t
+
+from .fairness import METHOD_FIELDS
+from .table import COLUMNS, text_table
+
+Result = Mapping[str, Any]
+"""What a run wrote to its ``results.json``."""
+
+TWIN = "none"
+ROW = (
+    *(
+        "dataset",
+        "family",
+        "pair",
+        "method",
+        "seeds",
+        "teacher_map",
+        "twin_map",
+        "map",
+        "delta",
+        "delta_low",
+        "delta_high",
+    ),
+    *("steps", "time_ratio"),
+)
+"""What ``summary.json`` says of a method: AP in points of 100, as means over the seeds that have both runs; the interval of
+`interval`; the seconds of a training step as a multiple of the twin's."""
+
+
+def interval(deltas: Sequence[float], confidence: float = 0.95) -> tuple[float | None, float | None]:
+    """Student's t-interval of the mean of paired differences, one per seed; (None, None) for a single one.
+
+    It takes the differences as normally distributed. With 3 seeds it is wide (the factor of the standard error is 4.3):
+    that is what 3 seeds tell.
+    """
+    if len(deltas) < 2:
+        return None, None
+    reach = t.ppf((1 + confidence) / 2, len(deltas) - 1) * statistics.stdev(deltas) / math.sqrt(len(deltas))
+    return statistics.mean(deltas) - reach, statistics.mean(deltas) + reach
+
+
+def summarize(
+    grid: str,
+    split: str,
+    runs: Mapping[tuple[str, str, str, int], Result],
+    teachers: Mapping[tuple[str, str], Result],
+) -> dict[str, Any]:
+    """All that is reported of a grid.
+
+    Args:
+        grid: its name.
+        split: what the runs call ``test``: the test split, or the validation split in grids that choose settings.
+        runs: by (data, pair, method, seed); those that are done.
+        teachers: by (data, pair).
+
+    Returns:
+        ``rows`` with `ROW` and, for each, ``delta_min``, ``delta_max`` and ``deltas`` over the seeds, ``gap_closed`` (% of
+        teacher - twin), ``metrics`` (means), ``gains`` (means, for every metric, size and class), ``kd_share`` (of the
+        gradient norm), ``peak_memory_MiB``; ``pairs`` and ``runs`` with what they are made of.
+    """
+    rows = []
+    for data, pair, method in dict.fromkeys(key[:3] for key in runs if key[2] != TWIN):
+        both = {
+            seed: (runs[data, pair, method, seed], runs[data, pair, TWIN, seed])
+            for *cell, seed in runs
+            if tuple(cell) == (data, pair, method) and (data, pair, TWIN, seed) in runs
+        }
+        if both and (data, pair) in teachers:
+            rows.append(_row(data, pair, method, both, teachers[data, pair]["teacher"]["test"]))
+    return {
+        "grid": grid,
+        "split": split,
+        "rows": rows,
+        "pairs": {f"{data}/{pair}": _pair(data, pair, runs, teacher) for (data, pair), teacher in teachers.items()},
+        "runs": {"{}/{}/{}/seed{}".format(*key): _run(result) for key, result in runs.items()},
+    }
+
+
+def _row(
+    data: str, pair: str, method: str, both: Mapping[int, tuple[Result, Result]], teacher: Mapping
+) -> dict[str, Any]:
+    students, twins = zip(*((run["student"], twin["student"]) for run, twin in both.values()), strict=True)
+    names = [name for name in students[0]["test"] if name.startswith(("map", "mar"))]
+    names = [name for name in names if all(name in row["test"] for row in (*students, *twins))]
+    metrics, base = (
+        {name: 100 * statistics.mean(row["test"][name] for row in rows) for name in names} for rows in (students, twins)
+    )
+    deltas = [100 * (a["test"]["map"] - b["test"]["map"]) for a, b in zip(students, twins, strict=True)]
+    low, high = interval(deltas)
+    gap = 100 * teacher["map"] - base["map"]
+    shares = [row["gradient_shares"]["kd"] for row in students if "kd" in row["gradient_shares"]]
+    return _rounded(
+        {
+            "dataset": data,
+            "family": students[0]["model_type"],
+            "pair": pair,
+            "method": method,
+            "seeds": list(both),
+            "teacher_map": 100 * teacher["map"],
+            "twin_map": base["map"],
+            "map": metrics["map"],
+            "delta": statistics.mean(deltas),
+            "delta_low": low,
+            "delta_high": high,
+            "steps": round(statistics.mean(row["steps"] for row in students)),
+            "time_ratio": time_ratio(students, twins),
+            "delta_min": min(deltas),
+            "delta_max": max(deltas),
+            "deltas": deltas,
+            "gap_closed": 100 * statistics.mean(deltas) / gap if gap > 0 else None,
+            "metrics": metrics,
+            "twin_metrics": base,
+            "gains": {name: metrics[name] - base[name] for name in names},
+            "kd_share": 100 * statistics.mean(shares) if shares else None,
+            "peak_memory_MiB": statistics.mean(row["peak_memory_MiB"] for row in students),
+        }
+    )
+
+
+def time_ratio(students: Sequence[Mapping], twins: Sequence[Mapping]) -> float | None:
+    """How many times as long a training step of the student takes, as the mean over the seeds.
+
+    A longer twin's steps are no longer than the twin's, so what counts for it is all of its steps.
+    """
+    ratios = [
+        a["step_seconds"] * a["steps"] / (b["step_seconds"] * b["steps"])
+        for a, b in zip(students, twins, strict=True)
+        if a["step_seconds"] and b["step_seconds"]
+    ]
+    return statistics.mean(ratios) if ratios else None
+
+
+def _pair(data: str, pair: str, runs: Mapping, teacher: Result) -> dict[str, Any]:
+    students = [run["student"] for key, run in runs.items() if key[:2] == (data, pair)]
+    metrics = {name: 100 * value for name, value in teacher["teacher"]["test"].items()}
+    return {
+        "teacher": {
+            "name_or_path": teacher["teacher"]["name_or_path"],
+            "parameters": teacher["teacher"]["parameters"],
+            "metrics": _rounded(metrics),
+        },
+        "student_parameters": students[0]["parameters"] if students else None,
+        "data": teacher["data"],
+        "settings": teacher["settings"],
+        "versions": teacher["versions"],
+    }
+
+
+def _run(result: Result) -> dict[str, Any]:
+    student = {name: value for name, value in result["student"].items() if name not in ("validation", "test")}
+    config = result["settings"]["DistillationConfig"]
+    metrics = {split: _metrics(result["student"][split]) for split in ("validation", "test")}
+    method = {name: config.get(name) for name in sorted(METHOD_FIELDS - {"method"})}
+    return {**student, **method, **metrics, "machine": result["versions"]["machine"]}
+
+
+def _metrics(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith(("map", "mar"))}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to two decimals, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return round(value, 2) + 0.0 if isinstance(value, float) else value  # + 0.0: no -0.0
+
+
+def overview(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of ``summary.json``: `ROW` of all grids that report the test split."""
+    rows = [row for summary in summaries if summary["split"] == "test" for row in summary["rows"]]
+    return sorted(
+        ({name: row[name] for name in ROW} for row in rows),
+        key=lambda row: [row[name] for name in ("dataset", "pair", "method")],
+    )
+
+
+def read_summaries(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The summaries of grids in a folder, by name."""
+    contents = (json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json")))
+    return {content["grid"]: content for content in contents if isinstance(content, dict) and "grid" in content}
+
+
+# -- as text ---------------------------------------------------------------------------------------------------------
+
+
+def number(name: str, value: Any) -> str:
+    """A value of a row as text: gains with their sign, ratios with two decimals."""
+    if value is None:
+        return "-"
+    if name == "seeds":
+        return str(len(value))
+    if name.startswith("delta"):
+        return f"{value:+.1f}"
+    if name in ("steps", "peak_memory_MiB"):
+        return f"{value:.0f}"
+    if name in ("gap_closed", "kd_share"):
+        return f"{value:.0f} %"
+    return f"{value:.2f}" if name == "time_ratio" else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def gain_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line per method: its gain over the twin, the interval, and what it costs."""
+    titles = {
+        **{"teacher_map": "teacher", "twin_map": "twin", "map": "AP", "delta": "gain"},
+        **{
+            "gap_closed": "gap closed",
+            "seeds": "seeds",
+            "steps": "steps",
+            "time_ratio": "time",
+            "kd_share": "KD share",
+        },
+    }
+    header = ["", *list(titles.values())[:4], "95 % interval", "min to max", *list(titles.values())[4:]]
+    lines = []
+    for row in rows:
+        cells = [number(name, row[name]) for name in titles]
+        low, high, least, most = (number(f"delta_{end}", row[f"delta_{end}"]) for end in ("low", "high", "min", "max"))
+        spread = ["-" if row["delta_low"] is None else f"{low} to {high}", f"{least} to {most}"]
+        lines.append([f"{row['dataset']}/{row['pair']}/{row['method']}", *cells[:4], *spread, *cells[4:]])
+    return text_table(header, lines, markdown=True)
+
+
+def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Mapping[str, str]) -> str:
+    """The page of a grid.
+
+    Args:
+        summary: of `summarize`.
+        pictures: file names beside the page.
+        unfinished: by name of the cell, why it has no result.
+    """
+    parts = [
+        f"# {summary['grid']}",
+        f"Written by `python scripts/compare.py --config scripts/recipes/grids/{summary['grid']}.yaml --summarize_only`. AP in "
+        f"points, {summary['split']} split, means over the seeds. A gain is the mean of the differences between the distilled "
+        "run and its twin of the same seed, with Student's t-interval, the smallest and the largest; time is that of a training "
+        "step (for a longer twin: of all steps) as a multiple of the twin's; gap closed is the gain as a share of teacher - twin; "
+        "KD share is distillation's part of the gradient norm, as a mean over the run.",
+    ]
+    for name, pair in summary["pairs"].items():
+        rows = [row for row in summary["rows"] if f"{row['dataset']}/{row['pair']}" == name]
+        if not rows:
+            continue
+        data = pair["data"]["images"]
+        parts += [
+            f"## {name}",
+            f"{rows[0]['family']} student of {pair['student_parameters'] / 1e6:.2f} M parameters, teacher "
+            f"`{pair['teacher']['name_or_path']}` of {pair['teacher']['parameters'] / 1e6:.2f} M; {data['train']} images to train, "
+            f"{data['validation']} to validate, {data['test']} to test.",
+            gain_table(rows),
+            _metric_table(rows, pair["teacher"]["metrics"]),
+            f"Gain by size and class:\n\n{_gains_table(rows)}",
+        ]
+    parts += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
+    if unfinished:
+        parts.append("Not done:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in unfinished.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _metric_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, float]) -> str:
+    lines = {"teacher": teacher, "twin": rows[0]["twin_metrics"], **{row["method"]: row["metrics"] for row in rows}}
+    cells = [[name, *(number("map", metrics.get(key)) for key in COLUMNS.values())] for name, metrics in lines.items()]
+    return text_table(["", *COLUMNS], cells, markdown=True)
+
+
+def _gains_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = [name for name in rows[0]["gains"] if name.startswith("map_") and name not in ("map_50", "map_75")]
+    cells = [[row["method"], *(number("delta", row["gains"].get(name)) for name in names)] for row in rows]
+    return text_table(["", *(name.removeprefix("map_") for name in names)], cells, markdown=True)
+
+
+def select(summary: Mapping[str, Any], pattern: str = "*") -> list[Mapping[str, Any]]:
+    """The rows whose data/pair/method fits a pattern."""
+    return [row for row in summary["rows"] if fnmatchcase(f"{row['dataset']}/{row['pair']}/{row['method']}", pattern)]

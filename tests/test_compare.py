@@ -1,0 +1,506 @@
+"""The harness: grids, runs that go on, fair comparisons, and the numbers that come out."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+import zoo
+from PIL import Image
+
+from hf_detrkd import DistillationConfig
+from hf_detrkd.commands import compare, distill
+from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
+from hf_detrkd.commands.compare import Runner, write_summary
+from hf_detrkd.commands.grid import read_grid
+from hf_detrkd.reporting.embed import embed, embed_files
+from hf_detrkd.reporting.fairness import check_fair
+from hf_detrkd.reporting.summary import ROW, interval, number, overview, read_summaries, summarize
+
+ROOT = Path(__file__).parents[1]
+GRID = {
+    "common": {"max_steps": 10, "learning_rate": 0.001},
+    "data": {"bccd": {"dataset_name": "data/bccd"}, "shapes": {}},
+    "pairs": {"small": {"teacher": "runs/{data}/teacher", "config_name": "student.json"}},
+    "methods": {
+        "logit_kd": {},
+        "heavy": {"method": "kd_detr", "kd_weight": 9},
+        "longer_twin": {"time_of": "heavy"},
+    },
+    "seeds": [3, 5],
+}
+
+# Stands for distill.py: writes a results.json as its recipe wants it, or fails where a file says so.
+FAKE = """
+import json, sys, time, pathlib, yaml
+recipe = yaml.safe_load(open(sys.argv[1]))
+folder = pathlib.Path(recipe["output_dir"])
+wishes = json.loads(pathlib.Path(sys.argv[2]).read_text())
+with open(folder / "starts", "a") as starts:
+    starts.write("x")
+name = "/".join(folder.parts[-4:] if "seed" in folder.name else folder.parts[-3:])
+wish = wishes.get(name, {})
+time.sleep(wish.get("seconds", 0))
+if wish.get("fails"):
+    sys.exit("ValueError: this went wrong")
+method = recipe["method"]
+ap = wish.get("map", {"none": 0.1}.get(method, 0.2)) + 0.01 * recipe.get("seed", 0)
+metrics = {"loss": 3.0, "map": ap, "map_50": 2 * ap, "map_small": ap, "map_cell": ap}
+settings = {"DistillationConfig": {
+    "method": [method], "method_config": None, "kd_weight": recipe.get("kd_weight", 1), "kd_warmup_steps": 0, "kd_stop": 0,
+    "learning_rate": recipe["learning_rate"], "seed": recipe.get("seed"), "max_steps": recipe["max_steps"],
+    "output_dir": str(folder)}}
+student = {
+    "method": method, "model_type": "rt_detr", "initial_digest": str(recipe.get("seed")), "parameters": 1000,
+    "steps": recipe["max_steps"], "train_seconds": 9.0, "step_seconds": 0.1 if method == "none" else 0.25,
+    "peak_memory_MiB": 10.0, "gradient_shares": {} if method == "none" else {"kd": 0.5, "l1": 0.25},
+    "curve": [[5, ap / 2], [10, ap]], "resumed_from": None, "validation": metrics, "test": metrics}
+teacher_metrics = {"map": wish.get("map", 0.5), "map_50": 0.6}
+teacher = {"name_or_path": "t", "digest": "d", "parameters": 4000, "validation": teacher_metrics, "test": teacher_metrics}
+results = {
+    "teacher": teacher, "twin": None, "settings": settings, "versions": {"torch": "2", "machine": "m"},
+    "data": {"images": {"train": 5, "validation": 2, "test": 3}, "test_split": "test"}}
+if not recipe.get("only_teacher"):
+    results["student"] = student
+(folder / "checkpoint-5").mkdir(exist_ok=True)
+(folder / "results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A folder with a grid, and the fake in place of distill.py."""
+
+    wishes_file = tmp_path / "wishes.json"
+
+    class Lab:
+        said: list[str] = []
+
+        def write(self, name="grid", **sections):
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(yaml.safe_dump({**GRID, **sections}, sort_keys=False))
+            return path
+
+        def grid(self, name="grid", **sections):
+            return read_grid(self.write(name, **sections), tmp_path / "runs")
+
+        def wish(self, **wishes):
+            wishes_file.write_text(json.dumps({k.replace("__", "/"): v for k, v in wishes.items()}))
+
+        def run(self, grid, pattern="*", jobs=4):
+            self.said = []
+            return Runner(grid, jobs, self.said.append).run(grid.selected(pattern))
+
+        def starts(self):
+            return {
+                "/".join(path.parent.parts[-4:]).removeprefix("grid/"): len(path.read_text())
+                for path in tmp_path.glob("runs/grid/**/starts")
+            }
+
+    fake = tmp_path / "fake.py"
+    fake.write_text(FAKE)
+    command = [sys.executable, str(fake), "{}", str(wishes_file)]
+    monkeypatch.setattr(
+        compare, "command_of", lambda cell: [word.format(cell.folder / "recipe.yaml") for word in command]
+    )
+    monkeypatch.setattr(compare, "POLL_SECONDS", 0.02)
+    made = Lab()
+    made.wish()
+    return made
+
+
+class TestGrid:
+    def test_cells_come_seed_by_seed_with_the_twin_first(self, lab):
+        names = [cell.name for cell in lab.grid().cells]
+        methods = ["none", "logit_kd", "heavy", "longer_twin"]
+        expected = []
+        for seed in (3, 5):
+            for data in ("bccd", "shapes"):
+                expected += [f"{data}/small/teacher"] * (seed == 3)
+                expected += [f"{data}/small/{method}/seed{seed}" for method in methods]
+        assert names == expected
+
+    def test_a_recipe_is_common_data_pair_method_and_overrides(self, lab):
+        grid = lab.grid(
+            overrides={"bccd/*/heavy": {"kd_weight": 4}, "shapes/*": {"learning_rate": 0.5}}, skip=["bccd/*/logit_kd"]
+        )
+        heavy = grid.cell("bccd", "small", "heavy", 5).recipe
+        assert {name: heavy[name] for name in ("method", "kd_weight", "seed", "learning_rate", "dataset_name")} == {
+            "method": "kd_detr",
+            "kd_weight": 4,
+            "seed": 5,
+            "learning_rate": 0.001,
+            "dataset_name": "data/bccd",
+        }
+        assert heavy["teacher_model_name_or_path"] == "runs/bccd/teacher"
+        assert heavy["output_dir"].endswith("runs/grid/bccd/small/heavy/seed5")
+        twin = grid.cell("shapes", "small", "none", 3).recipe
+        assert twin["method"] == "none" and twin["learning_rate"] == 0.5 and "kd_weight" not in twin
+        assert twin["teacher_model_name_or_path"] == "runs/shapes/teacher"
+        assert grid.cell("bccd", "small", "logit_kd", 3) is None
+        teacher = grid.cell("shapes", "small", "teacher").recipe
+        assert teacher["only_teacher"] and teacher["learning_rate"] == 0.5
+
+    def test_overrides_can_be_a_file(self, lab, tmp_path):
+        (tmp_path / "tuned.yaml").write_text("'bccd/small/heavy': {kd_weight: 7}")
+        assert (
+            lab.grid(overrides=str(tmp_path / "tuned.yaml")).cell("bccd", "small", "heavy", 3).recipe["kd_weight"] == 7
+        )
+
+    def test_a_grid_that_chooses_settings_never_sees_test(self, lab):
+        recipe = lab.grid(split="validation").cells[1].recipe
+        assert recipe["dataset_test_split"] == "validation"
+
+    @pytest.mark.parametrize(
+        ("sections", "message"),
+        [
+            ({"dat": {}}, r"unknown sections \['dat'\]"),
+            ({"seeds": []}, r"missing \['seeds'\]"),
+            ({"split": "train"}, "`split` is 'train'; allowed are test, validation"),
+            (
+                {"methods": {"a": {"learning_rate": 1}}},
+                r"method 'a' sets \['learning_rate'\]. A method may set kd_stop",
+            ),
+            ({"methods": {"a": {"time_of": "a"}}}, "method 'a' sets"),
+            ({"methods": {"a": {"time_of": "b"}}}, "`time_of` of 'a' is 'b'"),
+            (
+                {"overrides": {"*/logit_kd": {"warmup_steps": 1}}},
+                r"logit_kd/seed3 and .*none/seed3 differ in \['warmup_steps'\]",
+            ),
+            ({"common": {"seed": 1}}, r"sets \['seed'\], which the harness sets itself"),
+            ({"pairs": {"p": {"config_name": "x"}}}, "needs a `teacher`"),
+        ],
+    )
+    def test_refuses(self, lab, sections, message):
+        with pytest.raises(ValueError, match=message):
+            lab.grid(**sections)
+
+    def test_a_selection_brings_what_it_needs(self, lab):
+        names = [cell.name for cell in lab.grid().selected("bccd/*/longer_twin/seed5")]
+        assert names == ["bccd/small/teacher"] + [f"bccd/small/{m}/seed5" for m in ("none", "heavy", "longer_twin")]
+        with pytest.raises(ValueError, match="fits no cell of grid"):
+            lab.grid().selected("coco/*")
+
+    @pytest.mark.parametrize(
+        "path", sorted((ROOT / "scripts" / "recipes" / "grids").glob("*.yaml")), ids=lambda p: p.stem
+    )
+    def test_the_grids_of_the_repository(self, path, monkeypatch, tmp_path):
+        monkeypatch.chdir(ROOT)
+        grid = read_grid(path)
+        for cell in grid.cells:
+            if cell.seed in (None, grid.seeds[0]):
+                (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dict(cell.recipe)))
+                groups = (ModelArguments, DataArguments, distill.DistillArguments, DistillationConfig)
+                parse(groups, ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path)])
+
+
+class TestRunner:
+    def test_runs_every_cell_once_and_goes_on(self, lab):
+        grid = lab.grid()
+        outcomes = lab.run(grid)
+        assert set(outcomes.values()) == {"done"} and len(outcomes) == len(grid.cells) == 18
+        assert set(lab.starts().values()) == {1}
+        assert not list(Path(grid.cells[0].folder).parent.glob("**/checkpoint-*"))
+        assert any("[18/18]" in line for line in lab.said)
+        longer = grid.cell("bccd", "small", "longer_twin", 3)
+        assert longer.read()["student"]["steps"] == 25  # 10 steps, each of 2.5 times the twin's seconds
+
+        more = lab.grid(methods={**GRID["methods"], "new": {"method": "logit_kd"}})  # the grid grows
+        assert set(lab.run(more).values()) == {"done"}
+        assert set(lab.starts().values()) == {1} and len(lab.starts()) == 22
+
+    def test_a_failed_cell_stops_only_what_needs_it(self, lab):
+        lab.wish(bccd__small__heavy__seed3={"fails": True})
+        grid = lab.grid()
+        outcomes = lab.run(grid)
+        bad = {name: reason for name, reason in outcomes.items() if reason != "done"}
+        assert "failed with code 1: ValueError: this went wrong" in bad.pop("bccd/small/heavy/seed3")
+        assert bad == {"bccd/small/longer_twin/seed3": "it needs bccd/small/heavy/seed3"}
+        lab.wish()
+        assert set(lab.run(grid).values()) == {"done"}
+        assert {name: n for name, n in lab.starts().items() if n > 1} == {"bccd/small/heavy/seed3": 2}
+
+    def test_a_teacher_that_is_no_better_stops_its_pair(self, lab):
+        lab.wish(bccd__small__teacher={"map": 0.12})
+        outcomes = lab.run(lab.grid(), jobs=1)
+        stopped = {name for name, reason in outcomes.items() if reason != "done"}
+        assert stopped == {f"bccd/small/{m}/seed{s}" for m in ("logit_kd", "heavy", "longer_twin") for s in (3, 5)}
+        assert (
+            "the teacher is no better than the twin, AP 12.0 and 13.0 on the validation"
+            in outcomes["bccd/small/heavy/seed3"]
+        )
+
+    def test_changed_settings_are_refused(self, lab):
+        lab.run(lab.grid(), "bccd/*/heavy/seed3")
+        grid = lab.grid(methods={**GRID["methods"], "heavy": {"method": "kd_detr", "kd_weight": 5}})
+        assert grid.cell("bccd", "small", "heavy", 3).state() == "changed"
+        outcomes = lab.run(grid, "bccd/*/heavy/seed3")
+        assert "its settings have changed since it was begun (kd_weight 9 -> 5)" in outcomes["bccd/small/heavy/seed3"]
+        harmless = lab.grid(common={**GRID["common"], "logging_steps": 3})
+        assert harmless.cell("bccd", "small", "heavy", 3).state() == "done"
+
+    def test_waits_for_a_cell_that_another_harness_works_on(self, lab):
+        grid = lab.grid()
+        cell = grid.cell("bccd", "small", "teacher")
+        cell.folder.mkdir(parents=True)
+        with open(cell.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            worker = threading.Timer(0.6, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
+            worker.start()
+            start = time.monotonic()
+            assert lab.run(grid, cell.name) == {cell.name: "done"}
+            assert time.monotonic() - start > 0.5
+            worker.join()
+
+    def test_a_terminated_harness_takes_its_runs_with_it(self, lab):
+        lab.wish(bccd__small__teacher={"seconds": 60})
+        grid = lab.grid()
+        alarm = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+        alarm.start()
+        runner = Runner(grid, 1, print)
+        with pytest.raises(SystemExit):
+            runner.run(grid.selected("bccd/*/teacher"))
+        (run,) = runner.running.values()
+        assert run.process.wait(timeout=10) == -signal.SIGTERM
+        alarm.join()
+
+    def test_dry_run(self, lab, tmp_path, capsys):
+        lab.run(lab.grid(), "bccd/*/none/seed3")
+        states = compare.main(["--config", str(lab.write()), "--runs", str(tmp_path / "runs"), "--dry_run"])
+        assert states["bccd/small/none/seed3"] == "done" and states["bccd/small/none/seed5"] == "to do"
+        assert "to do            shapes/small/heavy/seed5" in capsys.readouterr().out
+
+    def test_jobs_must_be_positive(self, lab):
+        with pytest.raises(ValueError, match="`jobs` is 0"):
+            Runner(lab.grid(), 0)
+
+
+@pytest.fixture(scope="module")
+def result():
+    settings = {"DistillationConfig": {"method": ["kd_detr"], "kd_weight": 3, "learning_rate": 0.1, "max_steps": 9}}
+    student = {"initial_digest": "a", "steps": 9, "parameters": 5}
+    return {
+        "settings": settings,
+        "student": student,
+        "teacher": {"digest": "t"},
+        "data": {"images": {"train": 3}},
+        "versions": {"torch": "2", "machine": "x"},
+    }
+
+
+class TestFairness:
+    def twin(self, result, **changes):
+        twin = copy.deepcopy(result)
+        twin["settings"]["DistillationConfig"] |= {"method": ["none"], "kd_weight": 1}
+        twin["versions"]["machine"] = "another"
+        for path, value in changes.items():
+            *groups, name = path.split("__")
+            place = twin
+            for group in groups:
+                place = place[group]
+            place[name] = value
+        return twin
+
+    def test_the_method_may_differ(self, result):
+        check_fair(result, self.twin(result), "run")
+
+    @pytest.mark.parametrize(
+        ("change", "value", "named"),
+        [
+            ("settings__DistillationConfig__learning_rate", 0.2, r"learning_rate \(0.1, the twin 0.2\)"),
+            ("student__initial_digest", "b", "student.initial_digest"),
+            ("student__steps", 8, r"student.steps \(9, the twin 8\)"),
+            ("data__images__train", 2, "data.images.train"),
+            ("teacher__digest", "other", "teacher"),
+            ("versions__torch", "3", "versions.torch"),
+        ],
+    )
+    def test_anything_else_is_named(self, result, change, value, named):
+        with pytest.raises(ValueError, match=f"run and its twin differ in more than the method: .*{named}"):
+            check_fair(result, self.twin(result, **{change: value}), "run")
+
+    def test_a_longer_twin_is_longer(self, result):
+        longer = self.twin(result, student__steps=20, settings__DistillationConfig__max_steps=20)
+        with pytest.raises(ValueError, match=r"max_steps.*steps"):
+            check_fair(longer, result, "run")
+        check_fair(longer, result, "run", longer=True)
+
+
+class TestSummary:
+    def test_interval(self):
+        # mean 2, standard deviation 1, 97.5 % quantile of t with 2 degrees of freedom 4.302653
+        assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)
+        assert interval([1.0]) == (None, None)
+
+    def test_rows(self, lab, tmp_path):
+        lab.wish(bccd__small__heavy__seed3={"map": 0.3}, bccd__small__logit_kd__seed5={"fails": True})
+        grid = lab.grid()
+        outcomes = lab.run(grid)
+        output = tmp_path / "docs"
+        write_summary(grid, output, outcomes, say=lambda *_: None)
+        rows = json.loads((output / "summary.json").read_text())
+        assert [tuple(row) for row in rows] == [tuple(sorted(ROW))] * 6
+        row = next(row for row in rows if (row["dataset"], row["method"]) == ("bccd", "heavy"))
+        # twins 13 and 15; students 33 and 25: gains 20 and 10, t of 1 degree of freedom 12.7062
+        reach = 12.7062 * 50**0.5 / 2**0.5
+        assert row == {
+            "dataset": "bccd",
+            "family": "rt_detr",
+            "pair": "small",
+            "method": "heavy",
+            "seeds": [3, 5],
+            "teacher_map": 50.0,
+            "twin_map": 14.0,
+            "map": 29.0,
+            "delta": 15.0,
+            "delta_low": pytest.approx(15 - reach, abs=0.01),
+            "delta_high": pytest.approx(15 + reach, abs=0.01),
+            "steps": 10,
+            "time_ratio": 2.5,
+        }
+        single = next(row for row in rows if (row["dataset"], row["method"]) == ("bccd", "logit_kd"))
+        assert single["seeds"] == [3] and single["delta_low"] is None
+        detail = json.loads((output / "grid.json").read_text())
+        heavy = next(row for row in detail["rows"] if (row["dataset"], row["method"]) == ("bccd", "heavy"))
+        assert heavy["gap_closed"] == pytest.approx(100 * 15 / 36, abs=0.01)
+        assert heavy["gains"]["map_cell"] == 15.0 and heavy["kd_share"] == 50.0 and heavy["deltas"] == [20.0, 10.0]
+        longer = next(row for row in detail["rows"] if (row["dataset"], row["method"]) == ("bccd", "longer_twin"))
+        assert longer["steps"] == 25 and longer["time_ratio"] == 2.5  # of all steps
+        page = (output / "grid.md").read_text()
+        assert "| bccd/small/heavy |" in " ".join(page.split()) and "bccd/small/logit_kd/seed5: failed" in page
+        for name in ("grid_gains.png", "grid_progress.png"):
+            with Image.open(output / name) as picture:
+                assert picture.width > 400
+
+        # Another grid, and one that only chose settings
+        other = lab.grid("other", data={"bccd": {}}, seeds=[3])
+        write_summary(other, output, lab.run(other), say=lambda *_: None)
+        chosen = lab.grid("chosen", data={"bccd": {}}, seeds=[3], split="validation")
+        write_summary(chosen, output, lab.run(chosen), say=lambda *_: None)
+        assert len(json.loads((output / "summary.json").read_text())) == 9
+        assert "validation split" in (output / "chosen.md").read_text()
+
+    def test_unfair_cells_are_left_out_and_named(self, lab, tmp_path):
+        grid = lab.grid()
+        lab.run(grid)
+        cell = grid.cell("bccd", "small", "heavy", 5)
+        result = cell.read()
+        result["student"]["initial_digest"] = "others"
+        cell.results.write_text(json.dumps(result))
+        outcomes = lab.run(grid)
+        assert "student.initial_digest" in outcomes[cell.name]
+        write_summary(grid, tmp_path / "docs", outcomes, say=lambda *_: None)
+        row = next(
+            row for row in json.loads((tmp_path / "docs" / "summary.json").read_text()) if row["method"] == "heavy"
+        )
+        assert row["seeds"] == [3]
+        assert f"{cell.name}: {cell.name} and its twin differ" in (tmp_path / "docs" / "grid.md").read_text()
+
+    def test_nothing_yet(self, lab, tmp_path):
+        said = []
+        write_summary(lab.grid(), tmp_path / "docs", {}, say=said.append)
+        assert "nothing to summarise" in said[0] and not (tmp_path / "docs").exists()
+        assert summarize("g", "test", {}, {})["rows"] == overview([]) == []
+
+
+class TestEmbedding:
+    row = dict.fromkeys(ROW, 1.0) | {"dataset": "d", "pair": "p", "seeds": [0, 1], "steps": 7, "delta": 3.14159}
+    row |= {"gap_closed": None, "kd_share": 12.3, "delta_min": -0.04, "delta_max": 2.0}
+
+    @property
+    def summaries(self):
+        return {"g": {"grid": "g", "rows": [self.row | {"method": "a"}, self.row | {"method": "b", "delta": -0.5}]}}
+
+    def test_tables_and_numbers(self):
+        text = "It gains <!-- results:g d/p/a delta -->?<!-- /results -->.\n<!-- results:g -->\nold\n<!-- /results -->\nEnd."
+        new = embed(text, self.summaries)
+        assert "It gains <!-- results:g d/p/a delta -->+3.1<!-- /results -->." in new
+        assert "old" not in new and new.count("| d/p/") == 2 and new.endswith("<!-- /results -->\nEnd.")
+        assert embed(new, self.summaries) == new
+        only = embed("<!-- results:g */b --><!-- /results -->", self.summaries)
+        assert "| d/p/b |" in only and "d/p/a" not in only
+
+    @pytest.mark.parametrize(
+        ("mark", "message"),
+        [
+            ("h", "there is no grid 'h'"),
+            ("g d/p/* delta", "2 lines fit"),
+            ("g d/p/a AP", "1 lines fit"),
+            ("g x", "0 lines"),
+        ],
+    )
+    def test_what_is_not_there(self, mark, message):
+        with pytest.raises(ValueError, match=message):
+            embed(f"<!-- results:{mark} --><!-- /results -->", self.summaries)
+
+    def test_numbers(self):
+        values = {"delta": 0.05, "steps": 12.0, "time_ratio": 1.257, "map": 3.0, "gap_closed": 50.6, "delta_low": None}
+        assert [number(name, value) for name, value in values.items()] == ["+0.1", "12", "1.26", "3.0", "51 %", "-"]
+
+    def test_files(self, tmp_path):
+        (tmp_path / "g.json").write_text(json.dumps(self.summaries["g"]))
+        (tmp_path / "summary.json").write_text("[]")
+        page = tmp_path / "page.md"
+        page.write_text("<!-- results:g d/p/b delta --><!-- /results -->")
+        assert embed_files([page], tmp_path) == [page] and embed_files([page], tmp_path) == []
+        assert "-0.5" in page.read_text()
+
+    def test_the_documents_say_what_the_results_say(self):
+        """Fails? python scripts/compare.py --config GRID --summarize_only --embed README.md docs/*.md docs/*/*.md"""
+        summaries = read_summaries(ROOT / "docs" / "results")
+        for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+            text = path.read_text()
+            assert embed(text, summaries) == text, path
+        rows = json.loads((ROOT / "docs" / "results" / "summary.json").read_text()) if summaries else []
+        assert rows == overview(list(summaries.values()))
+
+
+def test_a_twin_alone_is_the_twin_of_a_distilled_run(tmp_path, monkeypatch):
+    """With real runs: one distilled with a twin beside it, one with method none; the teacher's images are of another size."""
+    import test_commands
+
+    monkeypatch.setenv("HF_DETRKD_CACHE", str(tmp_path / "cache"))
+    teacher = test_commands.save(tmp_path / "teacher", test_commands.NAMES)
+    settings = Path(teacher) / "preprocessor_config.json"
+    processor = json.loads(settings.read_text())
+    processor["size"] = {"height": 2 * zoo.SIZE, "width": 2 * zoo.SIZE}
+    settings.write_text(json.dumps(processor))
+    student = test_commands.save(tmp_path / "student", test_commands.NAMES, decoder_layers=2)
+    flags = ["--teacher_model_name_or_path", teacher, "--model_name_or_path", student, "--max_steps", "3"]
+    flags += ["--inherit_from_teacher", "true", "--sheet_images", "0", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--logging_steps", "1", "--kd_weight", "2", *test_commands.QUICK]
+
+    def run(method: str, *more: str) -> dict:
+        arguments = [*flags, "--method", method, "--output_dir", str(tmp_path / "-".join([method, *more])), *more]
+        return json.loads(json.dumps(distill.main(arguments), default=str))
+
+    both, alone = run("logit_kd", "--with_twin", "true"), run("none", "--with_twin", "true")
+    assert alone["twin"] is None and alone["teacher"]["digest"] == both["teacher"]["digest"]
+    check_fair(both, alone, "run")
+    same = ("initial_digest", "steps", "curve", "test")
+    times = {"runtime", "samples_per_second", "steps_per_second"}
+    for name in same:
+        pair = both["twin"][name], alone["student"][name]
+        if name == "test":
+            pair = tuple({k: v for k, v in metrics.items() if k not in times} for metrics in pair)
+        assert pair[0] == pair[1]
+    assert both["student"]["initial_digest"] == both["twin"]["initial_digest"]
+    row = both["student"]
+    assert row["model_type"] == "rt_detr" and row["step_seconds"] > 0 and row["peak_memory_MiB"] > 0
+    assert 0 < row["gradient_shares"]["kd"] < 1 and row["curve"][0][0] == 2
+    assert alone["student"]["gradient_shares"] == {}
+
+    measured = run("none", "--only_teacher", "true")
+    assert measured["teacher"] == alone["teacher"] and "student" not in measured
+    assert not (tmp_path / "none---only_teacher-true" / "model.safetensors").exists()
+    quick = run("none", "--evaluate_teacher", "false")
+    assert quick["teacher"]["test"] == quick["teacher"]["validation"] == {}
