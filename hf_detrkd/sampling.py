@@ -258,9 +258,7 @@ class TargetQueries(nn.Module):
         return position if own is None else own.mean() + own.std() * position
 
 
-def decode_targets(
-    view: DetrView, queries: Queries, points: TargetPoints, groups: int = 1
-) -> tuple[DetrView, ...]:
+def decode_targets(view: DetrView, queries: Queries, points: TargetPoints, groups: int = 1) -> tuple[DetrView, ...]:
     """A model's answers to its queries of ``points``, once per group; those at padding mean nothing.
 
     Queries of an image see each other and no padding. A decoder that takes no mask decodes once per number of targets

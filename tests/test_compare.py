@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fcntl
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 import zoo
+from grid_lab import GRID, Lab
 from PIL import Image
 
 from hf_detrkd import DistillationConfig
@@ -23,99 +24,16 @@ from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.compare import Runner, write_summary
 from hf_detrkd.commands.grid import read_grid
 from hf_detrkd.reporting.embed import embed, embed_files
-from hf_detrkd.reporting.fairness import check_fair
-from hf_detrkd.reporting.summary import ROW, interval, number, overview, read_summaries, summarize
+from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
+from hf_detrkd.reporting.page import number
+from hf_detrkd.reporting.summary import ROW, interval, overview, read_summaries, summarize
 
 ROOT = Path(__file__).parents[1]
-GRID = {
-    "common": {"max_steps": 10, "learning_rate": 0.001},
-    "data": {"bccd": {"dataset_name": "data/bccd"}, "shapes": {}},
-    "pairs": {"small": {"teacher": "runs/{data}/teacher", "config_name": "student.json"}},
-    "methods": {
-        "logit_kd": {},
-        "heavy": {"method": "kd_detr", "kd_weight": 9},
-        "longer_twin": {"time_of": "heavy"},
-    },
-    "seeds": [3, 5],
-}
-
-# Stands for distill.py: writes a results.json as its recipe wants it, or fails where a file says so.
-FAKE = """
-import json, sys, time, pathlib, yaml
-recipe = yaml.safe_load(open(sys.argv[1]))
-folder = pathlib.Path(recipe["output_dir"])
-wishes = json.loads(pathlib.Path(sys.argv[2]).read_text())
-with open(folder / "starts", "a") as starts:
-    starts.write("x")
-name = "/".join(folder.parts[-4:] if "seed" in folder.name else folder.parts[-3:])
-wish = wishes.get(name, {})
-time.sleep(wish.get("seconds", 0))
-if wish.get("fails"):
-    sys.exit("ValueError: this went wrong")
-method = recipe["method"]
-ap = wish.get("map", {"none": 0.1}.get(method, 0.2)) + 0.01 * recipe.get("seed", 0)
-metrics = {"loss": 3.0, "map": ap, "map_50": 2 * ap, "map_small": ap, "map_cell": ap}
-settings = {"DistillationConfig": {
-    "method": [method], "method_config": None, "kd_weight": recipe.get("kd_weight", 1), "kd_warmup_steps": 0, "kd_stop": 0,
-    "learning_rate": recipe["learning_rate"], "seed": recipe.get("seed"), "max_steps": recipe["max_steps"],
-    "output_dir": str(folder)}}
-student = {
-    "method": method, "model_type": "rt_detr", "initial_digest": str(recipe.get("seed")), "parameters": 1000,
-    "steps": recipe["max_steps"], "train_seconds": 9.0, "step_seconds": 0.1 if method == "none" else 0.25,
-    "peak_memory_MiB": 10.0, "gradient_shares": {} if method == "none" else {"kd": 0.5, "l1": 0.25},
-    "curve": [[5, ap / 2], [10, ap]], "resumed_from": None, "validation": metrics, "test": metrics}
-teacher_metrics = {"map": wish.get("map", 0.5), "map_50": 0.6}
-teacher = {"name_or_path": "t", "digest": "d", "parameters": 4000, "validation": teacher_metrics, "test": teacher_metrics}
-results = {
-    "teacher": teacher, "twin": None, "settings": settings, "versions": {"torch": "2", "machine": "m"},
-    "data": {"images": {"train": 5, "validation": 2, "test": 3}, "test_split": "test"}}
-if not recipe.get("only_teacher"):
-    results["student"] = student
-(folder / "checkpoint-5").mkdir(exist_ok=True)
-(folder / "results.json").write_text(json.dumps(results))
-"""
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """A folder with a grid, and the fake in place of distill.py."""
-
-    wishes_file = tmp_path / "wishes.json"
-
-    class Lab:
-        said: list[str] = []
-
-        def write(self, name="grid", **sections):
-            path = tmp_path / f"{name}.yaml"
-            path.write_text(yaml.safe_dump({**GRID, **sections}, sort_keys=False))
-            return path
-
-        def grid(self, name="grid", **sections):
-            return read_grid(self.write(name, **sections), tmp_path / "runs")
-
-        def wish(self, **wishes):
-            wishes_file.write_text(json.dumps({k.replace("__", "/"): v for k, v in wishes.items()}))
-
-        def run(self, grid, pattern="*", jobs=4):
-            self.said = []
-            return Runner(grid, jobs, self.said.append).run(grid.selected(pattern))
-
-        def starts(self):
-            return {
-                "/".join(path.parent.parts[-4:]).removeprefix("grid/"): len(path.read_text())
-                for path in tmp_path.glob("runs/grid/**/starts")
-            }
-
-    fake = tmp_path / "fake.py"
-    fake.write_text(FAKE)
-    command = [sys.executable, str(fake), "{}", str(wishes_file)]
-    monkeypatch.setattr(
-        compare, "command_of", lambda cell: [word.format(cell.folder / "recipe.yaml") for word in command]
-    )
-    monkeypatch.setattr(compare, "POLL_SECONDS", 0.02)
-    made = Lab()
-    made.wish()
-    return made
+    return Lab(tmp_path, monkeypatch)
 
 
 class TestGrid:
@@ -168,7 +86,7 @@ class TestGrid:
             ({"split": "train"}, "`split` is 'train'; allowed are test, validation"),
             (
                 {"methods": {"a": {"learning_rate": 1}}},
-                r"method 'a' sets \['learning_rate'\]. A method may set kd_stop",
+                r"method 'a' sets \['learning_rate'\]. A method may set kd_decay",
             ),
             ({"methods": {"a": {"time_of": "a"}}}, "method 'a' sets"),
             ({"methods": {"a": {"time_of": "b"}}}, "`time_of` of 'a' is 'b'"),
@@ -221,17 +139,27 @@ class TestRunner:
     def test_a_failed_cell_stops_only_what_needs_it(self, lab):
         lab.wish(bccd__small__heavy__seed3={"fails": True})
         grid = lab.grid()
-        outcomes = lab.run(grid)
+        outcomes = lab.run(grid, "bccd/*")
         bad = {name: reason for name, reason in outcomes.items() if reason != "done"}
         assert "failed with code 1: ValueError: this went wrong" in bad.pop("bccd/small/heavy/seed3")
         assert bad == {"bccd/small/longer_twin/seed3": "it needs bccd/small/heavy/seed3"}
         lab.wish()
-        assert set(lab.run(grid).values()) == {"done"}
+        assert set(lab.run(grid, "bccd/*").values()) == {"done"}
         assert {name: n for name, n in lab.starts().items() if n > 1} == {"bccd/small/heavy/seed3": 2}
+
+    def test_a_longer_twin_needs_the_time_of_a_step(self, lab):
+        grid = lab.grid()
+        lab.run(grid, "bccd/*/heavy/seed3")
+        cell = grid.cell("bccd", "small", "heavy", 3)
+        result = cell.read()
+        result["student"]["step_seconds"] = None  # resumed after its last step
+        cell.results.write_text(json.dumps(result))
+        outcomes = lab.run(grid, "bccd/*/longer_twin/seed3")
+        assert "bccd/small/heavy/seed3 doesn't know how long its steps take" in outcomes["bccd/small/longer_twin/seed3"]
 
     def test_a_teacher_that_is_no_better_stops_its_pair(self, lab):
         lab.wish(bccd__small__teacher={"map": 0.12})
-        outcomes = lab.run(lab.grid(), jobs=1)
+        outcomes = lab.run(lab.grid(), "bccd/*", jobs=1)
         stopped = {name for name, reason in outcomes.items() if reason != "done"}
         assert stopped == {f"bccd/small/{m}/seed{s}" for m in ("logit_kd", "heavy", "longer_twin") for s in (3, 5)}
         assert (
@@ -328,6 +256,10 @@ class TestFairness:
         with pytest.raises(ValueError, match=f"run and its twin differ in more than the method: .*{named}"):
             check_fair(result, self.twin(result, **{change: value}), "run")
 
+    def test_every_field_of_a_method_may_differ(self):
+        known = {field.name for field in dataclasses.fields(DistillationConfig)}
+        assert {name for name in known if name.startswith(("kd_", "method"))} <= METHOD_FIELDS
+
     def test_a_longer_twin_is_longer(self, result):
         longer = self.twin(result, student__steps=20, settings__DistillationConfig__max_steps=20)
         with pytest.raises(ValueError, match=r"max_steps.*steps"):
@@ -391,12 +323,12 @@ class TestSummary:
 
     def test_unfair_cells_are_left_out_and_named(self, lab, tmp_path):
         grid = lab.grid()
-        lab.run(grid)
+        lab.run(grid, "bccd/*")
         cell = grid.cell("bccd", "small", "heavy", 5)
         result = cell.read()
         result["student"]["initial_digest"] = "others"
         cell.results.write_text(json.dumps(result))
-        outcomes = lab.run(grid)
+        outcomes = lab.run(grid, "bccd/*")
         assert "student.initial_digest" in outcomes[cell.name]
         write_summary(grid, tmp_path / "docs", outcomes, say=lambda *_: None)
         row = next(

@@ -83,9 +83,7 @@ def test_go_lsd_with_all_factors_of_the_source():
         for query in range(5):
             for edge in range(4):
                 part = int(not matched[image, query])
-                q, p = (
-                    loops.softmax([z / 5 for z in x[image, query, edge].tolist()]) for x in (student, teacher)
-                )
+                q, p = (loops.softmax([z / 5 for z in x[image, query, edge].tolist()]) for x in (student, teacher))
                 sums[part] += weight[image, query].item() * 25 * loops.categorical_kl(p, q)
                 counts[part] += 1
     roots = [math.sqrt(count * 8 / 2) for count in counts]
@@ -116,7 +114,8 @@ def test_ld_by_the_slowest_obvious_python(bins):
 def test_teacher_and_student_are_not_swapped():
     """The gradient goes to the student, and KL(teacher || student) is not KL(student || teacher)."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(1, 2, 4, 5, generator=generator, requires_grad=True) for _ in range(2))
+    a, b = (scale * torch.randn(1, 2, 4, 5, generator=generator) for scale in (1, 3))
+    a.requires_grad_(), b.requires_grad_()
     for loss, extra in ((edge_kl, ()), (decoupled_edge_kl, (torch.tensor([[True, False]]),))):
         a.grad = b.grad = None
         loss(a, b, torch.ones(1, 2), *extra, temperature=1.0).backward()
@@ -252,7 +251,9 @@ def test_go_lsd_weighs_matched_queries_by_their_overlap():
     assigned = {}
     for match in ground_truth_matches(others, batch["labels"]):
         for image in range(2):
-            for q, t, w in zip(*(x[image].tolist() for x in (match.student_index, match.teacher_index, match.weight)), strict=True):
+            for q, t, w in zip(
+                *(x[image].tolist() for x in (match.student_index, match.teacher_index, match.weight)), strict=True
+            ):
                 if w:
                     assigned[image, q] = batch["labels"][image]["boxes"][t].tolist()
     total = 0.0
@@ -260,7 +261,9 @@ def test_go_lsd_weighs_matched_queries_by_their_overlap():
         weight = others.class_probs()[-1].amax(-1).clone()
         matched = torch.zeros(2, zoo.QUERIES, dtype=torch.bool)
         for (image, q), place in assigned.items():
-            (al, at, ar, ab), (bl, bt, br, bb) = (loops.corners(b) for b in (reply.boxes[layer, image, q].tolist(), place))
+            (al, at, ar, ab), (bl, bt, br, bb) = (
+                loops.corners(b) for b in (reply.boxes[layer, image, q].tolist(), place)
+            )
             shared = max(0, min(ar, br) - max(al, bl)) * max(0, min(ab, bb) - max(at, bt))
             area = max(0, ar - al) * max(0, ab - at) + (br - bl) * (bb - bt)
             weight[image, q], matched[image, q] = shared / (area - shared), True

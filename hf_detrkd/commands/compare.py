@@ -32,7 +32,8 @@ import yaml
 from ..reporting.embed import embed_files
 from ..reporting.fairness import check_fair
 from ..reporting.gains import plot_gains, plot_progress
-from ..reporting.summary import TWIN, gain_table, markdown, overview, read_summaries, summarize
+from ..reporting.page import gain_table, markdown
+from ..reporting.summary import TWIN, overview, read_summaries, summarize
 from .diagnose import diagnose_cells
 from .grid import TEACHER, Cell, Grid, read_grid
 from .setup import write_json
@@ -142,9 +143,14 @@ class Runner:
         return len(self.running) < self.jobs and self._start(cell)
 
     def _gate(self, cell: Cell) -> str | None:
-        """Why a distilled cell isn't worth its time: the teacher is no better than the twins, on the validation split."""
+        """Why a cell isn't worth its time: the teacher is no better than the twins, on the validation split."""
         if cell.method in (TEACHER, TWIN):
             return None
+        if cell.time_of:
+            try:
+                self.grid.steps_in_time(cell)
+            except ValueError as error:
+                return str(error)
         teacher = self.grid.cell(cell.data, cell.pair, TEACHER).read()["teacher"]["validation"]["map"]
         twins = [self.grid.cell(cell.data, cell.pair, TWIN, seed) for seed in self.grid.seeds]
         twin = statistics.mean(twin.read()["student"]["validation"]["map"] for twin in twins if twin.state() == "done")

@@ -54,14 +54,14 @@ def diagnose_cells(grid: Grid, cells: Sequence[Cell], output: Path, say=print) -
     return results
 
 
-def read_recipe_of(cell: Cell) -> tuple:
-    """The flags a cell was run with, as distill.py reads them."""
+def flags_in(folder: Path) -> tuple:
+    """The flags in a run's recipe.yaml, as distill.py reads them."""
     groups = (ModelArguments, DataArguments, DistillArguments, DistillationConfig)
-    return parse(groups, ["--config", str(cell.folder / "recipe.yaml")])
+    return parse(groups, ["--config", str(folder / "recipe.yaml")])
 
 
 def _measure(cell: Cell, twin: Cell) -> dict[str, Any]:
-    *arguments, args = read_recipe_of(cell)
+    *arguments, args = flags_in(cell.folder)
     run = prepare(*arguments, args, say=lambda *_: None)
     classes = LabelMap.between(run.teacher.config.id2label, run.student.config.id2label)
     teacher = adapter_for(run.teacher.to(args.device), classes.teacher_classes)

@@ -11,18 +11,14 @@ TEACHER and STUDENT are local folders or Hub ids, DATA is a folder (COCO, YOLO, 
 from __future__ import annotations
 
 import copy
-import platform
-import resource
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
@@ -33,6 +29,7 @@ from ..reporting.table import comparison_table
 from ..students import inherit
 from ..trainer import DistillationTrainer, digest, load_detector
 from .arguments import DataArguments, ModelArguments, parse
+from .records import StepClock, data_of, mean_shares, peak_memory, settings, versions
 from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
 
 
@@ -233,44 +230,6 @@ def train(model, args: DistillationConfig, data: Data, processor, teacher, teach
     return row, trainer.state.log_history
 
 
-class StepClock(TrainerCallback):
-    """Times steps from the end of one to the end of the next, so the loading of data counts."""
-
-    def __init__(self):
-        self.ends: list[float] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
-
-    def median(self) -> float | None:
-        """Seconds of the median step: evaluations and checkpoints, and what else the machine did now and then, don't
-        count. None where there were fewer than two steps."""
-        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(seconds) if seconds else None
-
-
-def peak_memory() -> float:
-    """MiB: of the GPU since its peak was reset; without one of the process, since its start."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-
-
-def mean_shares(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """By term, and ``kd`` for all of them: the mean share of the gradient norm over the logs that have it."""
-    names = dict.fromkeys(name for log in history for name in log if name.startswith("gradient_share_"))
-    return {
-        name.removeprefix("gradient_share_"): statistics.mean(log[name] for log in history if name in log)
-        for name in names
-    }
-
-
-def data_of(data: Data) -> dict[str, Any]:
-    """What the training depends on besides the flags: how many images there are, and how they are augmented."""
-    sizes = {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
-    return {"images": sizes, "test_split": data.test_split, "augmentation": asdict(data.train.augmentation)}
-
-
 def twin_of(args: DistillationConfig) -> DistillationConfig:
     """The same settings without a teacher, in the folder ``twin`` of the output folder."""
     twin = copy.deepcopy(args)
@@ -305,24 +264,6 @@ def last_complete_checkpoint(output: Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes ``trainer_state.json`` last."""
     complete = [folder.parent for folder in output.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda folder: int(folder.name.split("-")[-1]))) if complete else None
-
-
-def settings(*groups) -> dict[str, Any]:
-    """All flags of a run, by group."""
-    return {
-        type(group).__name__: group.to_dict() if isinstance(group, DistillationConfig) else vars(group)
-        for group in groups
-    }
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides the settings."""
-    packages = ("hf_detrkd", "torch", "torchvision", "transformers", "accelerate", "datasets", "numpy", "pycocotools")
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}",
-        **{name: version(name) for name in packages},
-    }
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..evaluation.detector import evaluate_detector
 from ..reporting.table import class_table, comparison_table
 from ..trainer import load_detector
 from .arguments import DataArguments, ModelArguments, parse
-from .distill import versions
+from .records import versions
 from .setup import build_image_processor, load_data, write_json
 
 

@@ -19,7 +19,8 @@ from ..config import DistillationConfig
 from ..reporting.curves import plot_curves
 from ..reporting.table import comparison_table
 from .arguments import DataArguments, ModelArguments, parse
-from .distill import checkpoint_to_resume, settings, train, versions
+from .distill import checkpoint_to_resume, train
+from .records import settings, versions
 from .setup import augment, build_detector, build_image_processor, load_data, write_json
 
 

@@ -107,10 +107,19 @@ class Grid:
         return next(found, None)
 
     def steps_in_time(self, cell: Cell) -> int:
-        """The steps a longer twin has: as many as take the time of the distilled run of the same seed."""
-        twin, other = (self.cell(cell.data, cell.pair, method, cell.seed).read() for method in (TWIN, cell.time_of))
-        ratio = other["student"]["step_seconds"] / twin["student"]["step_seconds"]
-        return round(twin["student"]["steps"] * ratio)
+        """The steps a longer twin has: as many as take the time of the distilled run of the same seed.
+
+        Raises:
+            ValueError: where one of the two doesn't know, as it was resumed after its last step.
+        """
+        pair = [self.cell(cell.data, cell.pair, method, cell.seed) for method in (TWIN, cell.time_of)]
+        twin, other = (run.read()["student"] for run in pair)
+        for run, row in zip(pair, (twin, other), strict=True):
+            if not row["step_seconds"]:
+                raise ValueError(
+                    f"{run.name} doesn't know how long its steps take; delete {run.folder} and run it again"
+                )
+        return round(twin["steps"] * other["step_seconds"] / twin["step_seconds"])
 
     def needs(self, cell: Cell) -> list[Cell]:
         """The cells that must be done before: of a twin its teacher, of the others the twin too."""

@@ -31,9 +31,10 @@ from ..reporting.fairness import METHOD_FIELDS
 from ..reporting.summary import TWIN
 from ..trainer import DistillationTrainer
 from .compare import Runner
-from .diagnose import read_recipe_of
-from .distill import prepare, versions
+from .diagnose import flags_in
+from .distill import prepare
 from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid, read_grid
+from .records import versions
 from .setup import write_json
 
 ROUNDS = 4
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=10, help="steps of the measurement")
     parser.add_argument("--jobs", type=int, default=1, help="runs of the search side by side")
     parser.add_argument("--runs", default="runs", help="folder of the runs")
-    parser.add_argument("--output", type=Path, help="YAML with the overrides; by default <grid>.tuned beside the grid")
+    parser.add_argument(
+        "--output", type=Path, help="YAML with the overrides; by default tuned/<grid>.yaml beside the grid"
+    )
     parser.add_argument("--evidence", type=Path, default=Path("docs/results/tuning"), help="folder of the evidence")
     arguments = parser.parse_args(argv)
     for share in (arguments.target_share, *arguments.search):
@@ -173,7 +176,7 @@ def measure(cell: Cell, fields: Mapping[str, Any], after: int, steps: int) -> Me
     recipe["output_dir"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    *arguments, args = read_recipe_of(Cell(cell.data, cell.pair, cell.method, cell.seed, recipe, folder))
+    *arguments, args = flags_in(folder)
     run = prepare(*arguments, args, say=lambda *_: None)
     trainer = DistillationTrainer(
         model=run.student,
@@ -252,7 +255,8 @@ def search(
 
 def _keep(name: str, found: Mapping[str, Any], arguments: argparse.Namespace) -> None:
     """Adds what was found to the overrides and the evidence, which may be of several calls."""
-    output = arguments.output or arguments.config.with_suffix(".tuned")
+    output = arguments.output or arguments.config.parent / "tuned" / f"{arguments.config.stem}.yaml"
+    output.parent.mkdir(parents=True, exist_ok=True)
     overrides = (yaml.safe_load(output.read_text()) or {}) if output.is_file() else {}
     fields = {field: value for field, value in found["fields"].items() if field in ("kd_weight", "method_config")}
     overrides[name] = {field: value for field, value in fields.items() if value is not None}

@@ -210,7 +210,7 @@ def squared_sums(student: Tensor, teacher: Tensor, masks: tuple[Tensor, Tensor],
         masks: (B, h, w) each, of `scale_masks`.
         mask: (B, h, w), True = real.
     """
-    squared = (student.float() - teacher.detach().float()).square().sum(1)
-    squared = torch.where(mask, squared, 0.0)
+    difference = torch.where(mask[:, None], student.float() - teacher.detach().float(), 0.0)
+    squared = difference.square().sum(1)
     foreground, background = ((squared * part).sum() / len(squared) for part in masks)
     return foreground, background

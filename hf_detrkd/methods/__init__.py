@@ -66,18 +66,18 @@ def build_methods(
 
 
 __all__ = [
-    "DRKD",
     "D3ETR",
+    "DRKD",
     "LD",
-    "DETRDistill",
     "METHODS",
     "QSKD",
-    "D3ETRConfig",
-    "DETRDistillConfig",
     "CLDetr",
     "CLDetrConfig",
     "CLoCKDistill",
     "CLoCKDistillConfig",
+    "D3ETRConfig",
+    "DETRDistill",
+    "DETRDistillConfig",
     "DRKDConfig",
     "DistillationMethod",
     "Features",

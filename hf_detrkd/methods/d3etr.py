@@ -172,15 +172,16 @@ class D3ETR(DistillationMethod):
         return any(term.startswith(prefix) for term in self.used)
 
     def _check(self, student: FamilyAdapter, teacher: FamilyAdapter) -> None:
-        cross = {"cross_attentions", "sampled_attentions"}
-        needs = [("fixed", {"replay"}, (student,)), ("group", {"replay"}, (student,))]
-        for matching in ("adaptive", "fixed"):
-            needs.append((f"{matching}_self_attention", {"self_attentions"}, (student, teacher)))
-            needs.append((f"{matching}_cross_attention", cross, (student, teacher)))
-        for terms, wanted, models in needs:
+        both = student, teacher
+        for parts, wanted, models in (
+            (("fixed", "group"), {"replay"}, (student,)),
+            (("self_attention",), {"self_attentions"}, both),
+            (("cross_attention",), {"cross_attentions", "sampled_attentions"}, both),
+        ):
+            terms = [term for term in self.config.weights if term in self.used and any(part in term for part in parts)]
             for adapter in models:
-                if self._uses(terms) and not wanted & adapter.provides:
+                if terms and not wanted & adapter.provides:
                     raise ValueError(
-                        f"the {terms} terms of method `d3etr` need {' or '.join(sorted(wanted))}, which "
+                        f"the terms {', '.join(terms)} of method `d3etr` need {' or '.join(sorted(wanted))}, which "
                         f"`{adapter.model.config.model_type}` doesn't provide. Set their weights to 0."
                     )

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .summary import gain_table, number, read_summaries, select
+from .page import gain_table, number, select
+from .summary import read_summaries
 
 MARKS = re.compile(r"(<!-- results:(\S+)(?: (\S+))?(?: (\S+))? -->)(.*?)(<!-- /results -->)", re.DOTALL)
 

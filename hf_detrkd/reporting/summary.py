@@ -6,14 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t
 
 from .fairness import METHOD_FIELDS
-from .table import COLUMNS, text_table
 
 Result = Mapping[str, Any]
 """What a run wrote to its ``results.json``."""
@@ -192,96 +190,3 @@ def read_summaries(folder: str | Path) -> dict[str, dict[str, Any]]:
     """The summaries of grids in a folder, by name."""
     contents = (json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json")))
     return {content["grid"]: content for content in contents if isinstance(content, dict) and "grid" in content}
-
-
-# -- as text ---------------------------------------------------------------------------------------------------------
-
-
-def number(name: str, value: Any) -> str:
-    """A value of a row as text: gains with their sign, ratios with two decimals."""
-    if value is None:
-        return "-"
-    if name == "seeds":
-        return str(len(value))
-    if name.startswith("delta"):
-        return f"{value:+.1f}"
-    if name in ("steps", "peak_memory_MiB"):
-        return f"{value:.0f}"
-    if name in ("gap_closed", "kd_share"):
-        return f"{value:.0f} %"
-    return f"{value:.2f}" if name == "time_ratio" else f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def gain_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per method: its gain over the twin, the interval, and what it costs."""
-    titles = {
-        **{"teacher_map": "teacher", "twin_map": "twin", "map": "AP", "delta": "gain"},
-        **{
-            "gap_closed": "gap closed",
-            "seeds": "seeds",
-            "steps": "steps",
-            "time_ratio": "time",
-            "kd_share": "KD share",
-        },
-    }
-    header = ["", *list(titles.values())[:4], "95 % interval", "min to max", *list(titles.values())[4:]]
-    lines = []
-    for row in rows:
-        cells = [number(name, row[name]) for name in titles]
-        low, high, least, most = (number(f"delta_{end}", row[f"delta_{end}"]) for end in ("low", "high", "min", "max"))
-        spread = ["-" if row["delta_low"] is None else f"{low} to {high}", f"{least} to {most}"]
-        lines.append([f"{row['dataset']}/{row['pair']}/{row['method']}", *cells[:4], *spread, *cells[4:]])
-    return text_table(header, lines, markdown=True)
-
-
-def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Mapping[str, str]) -> str:
-    """The page of a grid.
-
-    Args:
-        summary: of `summarize`.
-        pictures: file names beside the page.
-        unfinished: by name of the cell, why it has no result.
-    """
-    parts = [
-        f"# {summary['grid']}",
-        f"Written by `python scripts/compare.py --config scripts/recipes/grids/{summary['grid']}.yaml --summarize_only`. AP in "
-        f"points, {summary['split']} split, means over the seeds. A gain is the mean of the differences between the distilled "
-        "run and its twin of the same seed, with Student's t-interval, the smallest and the largest; time is that of a training "
-        "step (for a longer twin: of all steps) as a multiple of the twin's; gap closed is the gain as a share of teacher - twin; "
-        "KD share is distillation's part of the gradient norm, as a mean over the run.",
-    ]
-    for name, pair in summary["pairs"].items():
-        rows = [row for row in summary["rows"] if f"{row['dataset']}/{row['pair']}" == name]
-        if not rows:
-            continue
-        data = pair["data"]["images"]
-        parts += [
-            f"## {name}",
-            f"{rows[0]['family']} student of {pair['student_parameters'] / 1e6:.2f} M parameters, teacher "
-            f"`{pair['teacher']['name_or_path']}` of {pair['teacher']['parameters'] / 1e6:.2f} M; {data['train']} images to train, "
-            f"{data['validation']} to validate, {data['test']} to test.",
-            gain_table(rows),
-            _metric_table(rows, pair["teacher"]["metrics"]),
-            f"Gain by size and class:\n\n{_gains_table(rows)}",
-        ]
-    parts += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
-    if unfinished:
-        parts.append("Not done:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in unfinished.items()))
-    return "\n\n".join(parts) + "\n"
-
-
-def _metric_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, float]) -> str:
-    lines = {"teacher": teacher, "twin": rows[0]["twin_metrics"], **{row["method"]: row["metrics"] for row in rows}}
-    cells = [[name, *(number("map", metrics.get(key)) for key in COLUMNS.values())] for name, metrics in lines.items()]
-    return text_table(["", *COLUMNS], cells, markdown=True)
-
-
-def _gains_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = [name for name in rows[0]["gains"] if name.startswith("map_") and name not in ("map_50", "map_75")]
-    cells = [[row["method"], *(number("delta", row["gains"].get(name)) for name in names)] for row in rows]
-    return text_table(["", *(name.removeprefix("map_") for name in names)], cells, markdown=True)
-
-
-def select(summary: Mapping[str, Any], pattern: str = "*") -> list[Mapping[str, Any]]:
-    """The rows whose data/pair/method fits a pattern."""
-    return [row for row in summary["rows"] if fnmatchcase(f"{row['dataset']}/{row['pair']}/{row['method']}", pattern)]
