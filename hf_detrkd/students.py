@@ -1,12 +1,226 @@
-"""Weights a student starts from."""
+"""Students: a smaller detector of the teacher's family, and the weights a student starts from."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+
+from .backbones import PROBE, Backbone, find_backbone, pretrained_weights
+from .families import FamilyAdapter, adapter_for
+from .families.architecture import ARCHITECTURES, Architecture
+
+PRETRAINED = "pretrained"
+"""As `backbone_weights` of `make_student`: those that timm or the Hub have."""
+
+
+def make_student(
+    teacher: PreTrainedModel,
+    *,
+    backbone: str | None = None,
+    backbone_weights: str | None = None,
+    d_model: int | None = None,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
+    num_queries: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    inherit_weights: bool = True,
+) -> PreTrainedModel:
+    """A smaller detector of the teacher's family, with the teacher's weights wherever name and shape fit.
+
+    What is not named is as in the teacher. Of a deeper encoder or decoder the student's layers are spread evenly and end
+    with the last (`kept_layers`): of six layers three become the 2nd, 4th and 6th. Heads that every layer has of its own
+    come with their layer, those of the proposals stay the proposals'. What only a first layer has comes from the first.
+    Of learned queries the first are taken; they are in no order. Nothing of another backbone is inherited, and of another
+    width only what doesn't have it. New weights are drawn from torch's generator: with one seed twins are equal.
+
+    Args:
+        teacher: any `AutoModelForObjectDetection` that hf_detrkd knows.
+        backbone: see `find_backbone`; it gives maps of the same strides as the teacher's.
+        backbone_weights: a safetensors file (`load_backbone_weights`), or ``"pretrained"`` for those that timm or the Hub
+            have. None: random.
+        d_model: the width; the other widths of encoder and decoder (feed-forward ones too) grow or shrink with it.
+        encoder_layers: of the transformer encoder.
+        decoder_layers: of the decoder.
+        num_queries: of the decoder.
+        id2label: the classes; None: the teacher's. With other classes, class heads start from random weights.
+        settings: any other fields of the config, by name.
+        inherit_weights: False: the student's architecture alone.
+
+    Raises:
+        ValueError: something can't be changed, or not so; the message says what and why.
+    """
+    adapter = adapter_for(teacher)
+    architecture = ARCHITECTURES[teacher.config.model_type]
+    if backbone is None and backbone_weights is not None:
+        raise ValueError("`backbone_weights` goes with `backbone`: the teacher's backbone comes with its weights.")
+    wanted = {
+        "backbone": backbone,
+        "d_model": d_model,
+        "encoder_layers": encoder_layers,
+        "decoder_layers": decoder_layers,
+        "num_queries": num_queries,
+    }
+    _check_wanted(wanted, adapter, architecture)
+    found = None if backbone is None else find_backbone(backbone, _strides(adapter))
+    config = _student_config(teacher.config, architecture, wanted, found, {**(settings or {})})
+    if id2label is not None:
+        config.id2label = {int(index): name for index, name in id2label.items()}
+        config.label2id = {name: index for index, name in config.id2label.items()}
+    try:
+        student = AutoModelForObjectDetection.from_config(config, dtype=torch.float32).eval()
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        given = {name: value for name, value in {**wanted, **(settings or {})}.items() if value is not None}
+        raise ValueError(f"No {config.model_type} can be built with {given}: {error}") from error
+    if inherit_weights:
+        _inherit_layers(student, teacher, architecture, new_backbone=backbone is not None)
+    if backbone_weights == PRETRAINED:
+        _load_backbone(student, pretrained_weights(backbone), f"The pretrained {backbone}")
+    elif backbone_weights is not None:
+        load_backbone_weights(student, backbone_weights)
+    return student
+
+
+def kept_layers(number: int, of: int) -> list[int]:
+    """Which layers of a deeper stack a shallower one takes: evenly spread, the last always among them."""
+    return [(index + 1) * of // number - 1 for index in range(number)]
+
+
+def _check_wanted(wanted: Mapping[str, Any], adapter: FamilyAdapter, architecture: Architecture) -> None:
+    config = adapter.model.config
+    places = {
+        "backbone": architecture.backbone,
+        "d_model": architecture.width,
+        "encoder_layers": architecture.encoder_layers,
+        "decoder_layers": architecture.decoder_layers,
+        "num_queries": architecture.queries,
+    }
+    for name, value in wanted.items():
+        if value is not None and not places[name]:
+            raise ValueError(f"`{name}` of {config.model_type} can't be changed: {architecture.reasons[name]}")
+    for name in ("encoder_layers", "decoder_layers", "num_queries"):
+        if wanted[name] is None:
+            continue
+        has = adapter.num_queries if name == "num_queries" else getattr(config, places[name])
+        if not 1 <= wanted[name] <= has:
+            raise ValueError(
+                f"`{name}` is {wanted[name]}, but the teacher has {has}: a student made from it has 1 to {has}. For a "
+                "larger model write a config, and pass it with `inherit`."
+            )
+    if wanted["d_model"] is not None and wanted["d_model"] < 1:
+        raise ValueError(f"`d_model` is {wanted['d_model']}; a width is 1 or more.")
+
+
+def _student_config(
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    wanted: Mapping[str, Any],
+    backbone: Backbone | None,
+    settings: Mapping[str, Any],
+) -> PreTrainedConfig:
+    """The teacher's config with what is wanted."""
+    values = config.to_dict()
+    unknown = sorted(settings.keys() - values.keys())
+    if unknown:
+        raise ValueError(f"`settings` has {unknown}, which {type(config).__name__} doesn't have.")
+    for name in architecture.derived:
+        values.pop(name, None)
+    if wanted["d_model"] is not None:
+        before = values[architecture.width[0]]
+        for name in architecture.width:
+            values[name] = _scaled(values[name], wanted["d_model"], before)
+    if wanted["encoder_layers"] is not None:
+        values[architecture.encoder_layers] = wanted["encoder_layers"]
+    if wanted["decoder_layers"] is not None:
+        values |= {architecture.decoder_layers: wanted["decoder_layers"], **architecture.with_decoder}
+    if wanted["num_queries"] is not None:
+        values |= dict.fromkeys(architecture.queries, wanted["num_queries"])
+    if backbone is not None:
+        values["backbone_config"] = backbone.config.to_dict()
+        if architecture.backbone_channels is not None:
+            values[architecture.backbone_channels] = list(backbone.channels)
+    values |= settings
+    for name in ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype"):
+        values.pop(name, None)
+    return type(config).from_dict(values)
+
+
+def _scaled(value: int | Sequence[int], width: int, before: int):
+    if isinstance(value, int):
+        return max(1, value * width // before)
+    return [_scaled(one, width, before) for one in value]
+
+
+def _strides(adapter: FamilyAdapter) -> list[int]:
+    """Of the maps that the teacher's backbone gives."""
+    module, device = adapter.feature_module, adapter.model.device
+    was_training = module.training
+    with torch.no_grad():
+        output = module.eval()(
+            torch.zeros(1, 3, PROBE, PROBE, device=device), torch.ones(1, PROBE, PROBE, device=device)
+        )
+    module.train(was_training)
+    return [PROBE // feature.shape[-1] for feature in adapter.feature_maps(output)]
+
+
+def _inherit_layers(
+    student: PreTrainedModel, teacher: PreTrainedModel, architecture: Architecture, new_backbone: bool
+) -> int:
+    stacks = [
+        (lists, kept_layers(getattr(student.config, field), getattr(teacher.config, field)))
+        for lists, field in (
+            (architecture.encoder_lists, architecture.encoder_layers),
+            (architecture.decoder_lists, architecture.decoder_layers),
+        )
+        if field is not None
+    ]
+    source = teacher.state_dict()
+    groups = 1 if architecture.query_groups is None else getattr(student.config, architecture.query_groups)
+    rows = {
+        name: _first_queries(source[name], value, groups)
+        for name, value in student.state_dict().items()
+        if name in architecture.query_tensors and name in source
+    }
+
+    def source_of(name: str) -> Tensor | None:
+        if new_backbone and name.startswith(architecture.backbone):
+            return None
+        if name in rows:
+            return rows[name]
+        for lists, kept in stacks:
+            mapped = _in_teacher(name, lists, kept)
+            if mapped in source:
+                return source[mapped]
+        return source.get(name)  # what only the first layer has
+
+    return _copy(student, teacher, source_of)
+
+
+def _in_teacher(name: str, lists: Sequence[str], kept: Sequence[int]) -> str | None:
+    """The name of a layer's tensor in the teacher; None where it is in none of the lists."""
+    for prefix in lists:
+        if name.startswith(prefix + "."):
+            index, _, rest = name.removeprefix(prefix + ".").partition(".")
+            if not index.isdigit():
+                return None
+            layer = int(index)
+            last = len(kept) - 1
+            layer = kept[layer] if layer <= last else kept[last] + layer - last
+            return f"{prefix}.{layer}.{rest}"
+    return None
+
+
+def _first_queries(source: Tensor, like: Tensor, groups: int) -> Tensor:
+    if source.shape[1:] != like.shape[1:] or len(source) < len(like):
+        return source
+    each = source.unflatten(0, (groups, -1))[:, : len(like) // groups]
+    return each.flatten(0, 1)
 
 
 def load_backbone_weights(model: PreTrainedModel, file: str) -> int:
@@ -24,7 +238,11 @@ def load_backbone_weights(model: PreTrainedModel, file: str) -> int:
     Raises:
         ValueError: where the file lacks a tensor of the backbone, or has it in another shape.
     """
-    weights, state = load_file(file), model.state_dict()
+    return _load_backbone(model, load_file(file), file)
+
+
+def _load_backbone(model: PreTrainedModel, weights: Mapping[str, Tensor], file: str) -> int:
+    state = model.state_dict()
     places = Counter(name.removesuffix(key) for name in state for key in weights if name.endswith("." + key))
     if not places:
         raise ValueError(
@@ -59,12 +277,16 @@ def inherit(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
     Returns:
         the number of tensors copied.
     """
-    source = teacher.state_dict()
-    fitting = {
-        name: source[name]
-        for name, value in student.state_dict().items()
-        if name in source and source[name].shape == value.shape
-    }
+    return _copy(student, teacher, teacher.state_dict().get)
+
+
+def _copy(student: PreTrainedModel, teacher: PreTrainedModel, source_of: Callable[[str], Tensor | None]) -> int:
+    """Copies what `source_of` says of a tensor's name, where its shape fits; returns how many tensors."""
+    fitting = {}
+    for name, value in student.state_dict().items():
+        source = source_of(name)
+        if source is not None and source.shape == value.shape:
+            fitting[name] = source
     if _classes(student) != _classes(teacher):
         fitting = {name: value for name, value in fitting.items() if not _has_classes(name, value, student)}
     student.load_state_dict(fitting, strict=False)

@@ -97,6 +97,18 @@ class AttentionMaps:
 
 
 @dataclass(frozen=True)
+class Proposals:
+    """What a two-stage model predicts at every token of its memory, before it selects its queries."""
+
+    logits: Tensor
+    """(B, S, K) of sigmoid heads, float32."""
+    boxes: Tensor
+    """(B, S, 4), float32."""
+    valid: Tensor
+    """(B, S) False at padding and at tokens so near to the border that the model never selects them."""
+
+
+@dataclass(frozen=True)
 class DetrView:
     """One forward pass, or one replay of the decoder, of one detector.
 
@@ -128,6 +140,8 @@ class DetrView:
     without distributions."""
     edge_reference: Tensor | None = None
     """(B, Q, 4) boxes that the distributions of all layers are relative to; without graph."""
+    proposals: Proposals | None = None
+    """Of a forward pass of a two-stage model; a replay has none."""
     adapter: FamilyAdapter | None = None
     """The adapter that made the view; it decodes again on this view's memory."""
     decoder_arguments: dict | None = None

@@ -23,6 +23,7 @@ from hf_detrkd.commands import compare, distill
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.compare import Runner, write_summary
 from hf_detrkd.commands.grid import read_grid
+from hf_detrkd.methods import METHODS, configure
 from hf_detrkd.reporting.embed import embed, embed_files
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
 from hf_detrkd.reporting.page import number
@@ -118,7 +119,10 @@ class TestGrid:
             if cell.seed in (None, grid.seeds[0]):
                 (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dict(cell.recipe)))
                 groups = (ModelArguments, DataArguments, distill.DistillArguments, DistillationConfig)
-                parse(groups, ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path)])
+                *_, args = parse(groups, ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path)])
+                for name in set(args.method) - {"none"}:
+                    settings = args.method_config or {}
+                    configure(METHODS[name].config_class, settings if len(args.method) == 1 else settings.get(name))
 
 
 class TestRunner:

@@ -481,7 +481,7 @@ ALL_SETTINGS = [
     {"embedding": "both", "instances": "query", "filter": "teacher"},
     {"temperature": 0.2, "normalize": False},
 ]
-PAIRS = [("detr", "rt_detr"), ("deformable_detr", "d_fine"), ("lw_detr", "conditional_detr")]
+PAIRS = [("deformable_detr", "d_fine"), ("lw_detr", "conditional_detr")]
 
 
 @pytest.mark.filterwarnings("ignore:drkd trains modules")

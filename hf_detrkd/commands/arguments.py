@@ -46,6 +46,32 @@ class ModelArguments:
 
 
 @dataclass
+class StudentArguments:
+    """A student made from the teacher (`make_student`): what is other than in the teacher."""
+
+    student_backbone: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make the student from the teacher, with this backbone: a timm model (resnet18), a preset "
+            "(resnet18vd), or a folder or Hub id of a transformers backbone or detector."
+        },
+    )
+    student_backbone_weights: str | None = field(
+        default=None, metadata={"help": "Its weights: a safetensors file, or `pretrained` (downloads); else random."}
+    )
+    student_d_model: int | None = field(default=None, metadata={"help": "Make the student this wide."})
+    student_encoder_layers: int | None = field(default=None, metadata={"help": "With so many encoder layers."})
+    student_decoder_layers: int | None = field(default=None, metadata={"help": "With so many decoder layers."})
+    student_num_queries: int | None = field(default=None, metadata={"help": "With so many queries."})
+
+    def keywords(self) -> dict[str, str | int]:
+        """Those that are set, as `make_student` calls them; none: the student isn't made from the teacher."""
+        names = ("backbone", "backbone_weights", "d_model", "encoder_layers", "decoder_layers", "num_queries")
+        values = {name: getattr(self, f"student_{name}") for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass
 class DataArguments:
     """Which images and boxes."""
 

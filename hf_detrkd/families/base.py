@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..view import AttentionMaps, Classification, DetrView, Queries
+from ..view import AttentionMaps, Classification, DetrView, Proposals, Queries
 from . import capture
 from .capture import DecoderCall
 from .classes import checked_classes, keep_classes
@@ -87,6 +87,7 @@ class FamilyAdapter:
             "label_content": self.embeds_labels,
             "query_mask": self._takes_mask(),
             "edge_distributions": self.has_edges,
+            "proposals": self.two_stage,
         }
         return frozenset(name for name, provided in has.items() if provided)
 
@@ -188,6 +189,15 @@ class FamilyAdapter:
         """(L, B, Q, D) hidden states, (L, B, Q, K or K + 1) logits and (L, B, Q, 4) boxes of some queries of a call."""
         raise NotImplementedError
 
+    def proposals(self, output: ModelOutput, view: DetrView) -> Proposals | None:
+        """What the model predicts at every token, where it has two stages, from its own output."""
+        return None
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether queries are selected among `proposals`."""
+        return False
+
     def edges(self, call: DecoderCall, part: slice) -> tuple[Tensor | None, Tensor | None]:
         """(L, B, Q, 4, bins) logits of the edges' distributions and (B, Q, 4) boxes they are relative to."""
         return None, None
@@ -273,7 +283,8 @@ class FamilyAdapter:
             output = self.model(**inputs)
             self.layer_predictions()
         part = self.own(len(call))
-        return output, self._view(call, part, self.queries(call, part), call.predictions, attentions)
+        view = self._view(call, part, self.queries(call, part), call.predictions, attentions)
+        return output, replace(view, proposals=self.proposals(output, view))
 
     def layer_predictions(self, every_query: bool = False) -> tuple[Tensor, Tensor]:
         """(L, B, Q, K or K + 1) logits and (L, B, Q, 4) boxes of every layer, float32, all classes of the model.

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
-from ..view import DetrView, Queries
+from ..view import DetrView, Proposals, Queries
 from .base import FamilyAdapter
 from .capture import DecoderCall
+from .proposals import proposals_of
 
 
 class RTDetrAdapter(FamilyAdapter):
@@ -39,6 +41,13 @@ class RTDetrAdapter(FamilyAdapter):
     @property
     def embeds_labels(self) -> bool:
         return self.model.config.num_denoising > 0
+
+    @property
+    def two_stage(self) -> bool:
+        return True
+
+    def proposals(self, output: ModelOutput, view: DetrView) -> Proposals:
+        return proposals_of(output.enc_outputs_class, output.enc_outputs_coord_logits, self.classes)
 
     def queries_from_boxes(self, view: DetrView, boxes: Tensor, labels: Tensor | None = None) -> Queries:
         """Content is the model's denoising embedding of the label where there are labels, else the nearest query's."""

@@ -78,7 +78,7 @@ def attention_of(maps: AttentionMaps | None, layer: int, shapes: Shapes, share: 
         weights = (maps.weights[layer].float() * share[..., None, None]).flatten(1, 2)[:, None]
         locations = maps.locations[layer].flatten(1, 2)[:, None]
         return splat(weights, locations, maps.levels, shapes)[:, 0] * share.shape[1]  # all queries as heads of one
-    return torch.einsum("bq,bqs->bs", share, maps.weights[layer].float().mean(1))
+    return (share[..., None] * maps.weights[layer].float().mean(1)).sum(1)  # not a product of matrices: autocast
 
 
 def attention_mask(

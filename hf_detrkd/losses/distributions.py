@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from .reduction import _mean_over_processes, weighted_mean
+from .reduction import mean_over_processes, weighted_mean
 
 
 def edge_kl(
@@ -54,7 +54,7 @@ def decoupled_edge_kl(
     values = weight.detach()[..., None] * _divergences(student, teacher, temperature, "sum")
     matched = matched[..., None].expand_as(values).float()
     means = torch.stack([weighted_mean(values, part) for part in (matched, 1 - matched)])
-    roots = torch.stack([_mean_over_processes(part.sum()) for part in (matched, 1 - matched)]).sqrt()
+    roots = torch.stack([mean_over_processes(part.sum()) for part in (matched, 1 - matched)]).sqrt()
     return (roots * means).sum() / roots.sum()
 
 

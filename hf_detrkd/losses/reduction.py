@@ -22,12 +22,13 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     """
     values = values.float()
     weight = weight.detach().to(values).broadcast_to(values.shape)
-    total = _mean_over_processes(weight.sum())
+    total = mean_over_processes(weight.sum())
     weighted = torch.where(weight == 0, 0.0, weight * values)
     return weighted.sum() / torch.where(total == 0, 1.0, total)
 
 
-def _mean_over_processes(value: Tensor) -> Tensor:
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes; itself where there is one. Every process must call it equally often."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     distributed.all_reduce(value)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..matching import Match
 from ..view import Classification
 from .boxes import generalized_iou
-from .reduction import _mean_over_processes, weighted_mean
+from .reduction import mean_over_processes, weighted_mean
 
 
 def set_loss(
@@ -52,7 +52,7 @@ def set_loss(
     # One row more, so that padding has something to point to where there are no targets
     labels, target_boxes = (_padded([image[name] for image in targets]) for name in ("class_labels", "boxes"))
     number = logits.new_tensor(sum(len(image["class_labels"]) for image in targets))
-    number = _mean_over_processes(number).clamp(min=1)
+    number = mean_over_processes(number).clamp(min=1)
 
     # Padding writes to a query beyond the last
     queries, classes = logits.shape[1], logits.shape[2] - (classification == "softmax")

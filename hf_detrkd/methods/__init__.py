@@ -17,6 +17,7 @@ from .features import Features, FeaturesConfig
 from .kd_detr import KDDetr, KDDetrConfig
 from .ld import LD, LDConfig
 from .logit_kd import LogitKD, LogitKDConfig
+from .proposals import ProposalKD, ProposalsConfig
 from .qskd import QSKD, QSKDConfig
 
 METHODS: dict[str, type[DistillationMethod]] = {
@@ -30,6 +31,7 @@ METHODS: dict[str, type[DistillationMethod]] = {
     "cl_detr": CLDetr,
     "ld": LD,
     "drkd": DRKD,
+    "proposals": ProposalKD,
 }
 """``none``, the twin, is the absence of a method."""
 
@@ -88,6 +90,8 @@ __all__ = [
     "LogitKD",
     "LogitKDConfig",
     "Paper",
+    "ProposalKD",
+    "ProposalsConfig",
     "QSKDConfig",
     "build_methods",
     "configure",

@@ -118,32 +118,31 @@ class D3ETR(DistillationMethod):
 
     def forward(self, student, teacher, targets, generator):
         terms = {name: student.boxes.new_zeros(()) for name in self.config.weights}
-        matchings = {}
+        matchings, control = {}, self.config.control
         if self._uses("adaptive"):
             matchings["adaptive"] = student, self.matcher(student, teacher, self.teacher_layers)
-        if self.needs_group and self.config.control:
-            group = student.replay(self.queries(student))
-            assigned = ground_truth_matches(group, targets)
-        elif self.needs_group:
-            group = student.replay(teacher_queries(student, teacher, self.queries).student)
-            of_teacher = ground_truth_matches(teacher, targets)
-            assigned = [of_teacher[t] for t in self.teacher_layers]
+        if self.needs_group:
+            asked = self.queries(student) if control else teacher_queries(student, teacher, self.queries).student
+            group = student.replay(asked)
         if self._uses("fixed"):
             same = identity_match(*teacher.boxes.shape[1:3], teacher.boxes.device)
             matchings["fixed"] = group, (same,) * len(self.teacher_layers)
+        if self._uses("group"):
+            assigned = ground_truth_matches(group if control else teacher, targets)
 
         for s, t in enumerate(self.teacher_layers):
             for name, value in self._distances(matchings, s, teacher, t):
                 terms[name] = terms[name] + value
             if self._uses("group"):
-                losses = set_loss(group.logits[s], group.boxes[s], group.classification, assigned[s], targets)
+                match = assigned[s if control else t]
+                losses = set_loss(group.logits[s], group.boxes[s], group.classification, match, targets)
                 for name, value in losses.items():
                     terms[f"group_{name}"] = terms[f"group_{name}"] + value
         return terms
 
     def _distances(self, matchings, s, teacher, t):
         """Names and values of the distillation terms of one layer."""
-        settings = {"form": self.config.attention_loss, "sampled_floor": self.config.sampled_floor}
+        form, floor = self.config.attention_loss, self.config.sampled_floor
         looks_at = None
         for matching, (view, matches) in matchings.items():
             match = matches[s]
@@ -163,10 +162,10 @@ class D3ETR(DistillationMethod):
                 ),
             )
             if f"{matching}_self_attention" in self.used:
-                yield f"{matching}_self_attention", self_attention_loss(view, s, teacher, t, match, settings["form"])
+                yield f"{matching}_self_attention", self_attention_loss(view, s, teacher, t, match, form)
             if f"{matching}_cross_attention" in self.used:
                 looks_at = looks_at or on_memory_of(view, teacher, t)
-                yield f"{matching}_cross_attention", cross_attention_loss(view, s, *looks_at, match, **settings)
+                yield f"{matching}_cross_attention", cross_attention_loss(view, s, *looks_at, match, form, floor)
 
     def _uses(self, prefix: str) -> bool:
         return any(term.startswith(prefix) for term in self.used)

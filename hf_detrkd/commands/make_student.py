@@ -1,0 +1,122 @@
+"""A smaller detector made from a teacher: its family, its classes, and its weights wherever they fit.
+
+    python scripts/make_student.py --teacher_model_name_or_path TEACHER --output_dir students/r18 --student_backbone resnet18
+    python scripts/make_student.py ... --student_decoder_layers 3 --student_num_queries 100
+
+Writes a folder that `from_pretrained` reads, with the teacher's image processor, and student.json; prints a table of
+parameters, FLOPs and latency of both. distill.py takes the same flags, and then needs no folder of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..evaluation.cost import environment, flops, latencies
+from ..reporting.table import text_table
+from ..students import make_student
+from ..trainer import load_detector
+from .arguments import StudentArguments, parse
+from .setup import write_json
+
+
+@dataclass
+class MakeStudentArguments:
+    """From which teacher, and where the student goes."""
+
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher: a folder or a Hub id."})
+    teacher_image_processor_name: str | None = field(
+        default=None, metadata={"help": "Its image processor, where it is not beside it."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the student."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Have the student's processor resize to so many pixels square."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of the weights that are new."})
+    rounds: int = field(default=20, metadata={"help": "Calls of each model that are timed; 0: no timing."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; by default the one you logged in with."})
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command. Returns what it writes to ``student.json``."""
+    arguments, wanted = parse((MakeStudentArguments, StudentArguments), argv, __doc__)
+    if arguments.teacher_model_name_or_path is None or arguments.output_dir is None:
+        raise ValueError("--teacher_model_name_or_path and --output_dir are needed.")
+    teacher = load_detector(arguments.teacher_model_name_or_path, token=arguments.token)
+    place = arguments.teacher_image_processor_name or arguments.teacher_model_name_or_path
+    processors = {role: AutoImageProcessor.from_pretrained(place, token=arguments.token) for role in ("teacher", "student")}
+    if arguments.image_size is not None:
+        processors["student"].size = {"height": arguments.image_size, "width": arguments.image_size}
+    set_seed(arguments.seed)
+    student = make_student(teacher, **wanted.keywords())
+    student.save_pretrained(arguments.output_dir)
+    processors["student"].save_pretrained(arguments.output_dir)
+    models = {"teacher": teacher, "student": student}
+    rows = cost_rows({role: (model, processors[role]) for role, model in models.items()}, arguments.rounds)
+    results = {"teacher": teacher.name_or_path, "wanted": wanted.keywords(), "cost": rows, "environment": environment()}
+    write_json(results, Path(arguments.output_dir) / "student.json")
+    print(cost_table(rows))
+    print(f"\nwritten to {arguments.output_dir}: model, image processor, student.json")
+    return results
+
+
+def cost_rows(
+    models: dict[str, tuple[PreTrainedModel, BaseImageProcessor]], rounds: int, side: int = 640
+) -> dict[str, dict[str, Any]]:
+    """By role: parameters, FLOPs and (where ``rounds`` is not 0) latency of one image, of ``side`` pixels before the
+    processor."""
+    image = torch.zeros(3, side, side, dtype=torch.uint8)
+    inputs = {}
+    for role, (model, processor) in models.items():
+        encoded = processor(images=[image], return_tensors="pt")
+        inputs[role] = {name: encoded[name].to(model.device) for name in model_inputs(encoded)}
+    rows: dict[str, dict[str, Any]] = {
+        role: {
+            "parameters": model.num_parameters(),
+            "flops": flops(model, inputs[role]),
+            "input": list(inputs[role]["pixel_values"].shape[-2:]),
+        }
+        for role, (model, _) in models.items()
+    }
+    if rounds:
+
+        def call(role: str):
+            model = models[role][0].eval()
+
+            def run():
+                with torch.no_grad():
+                    model(**inputs[role])
+
+            return run
+
+        times = latencies({role: call(role) for role in models}, warmup=min(3, rounds), rounds=rounds)
+        for role, latency in times.items():
+            rows[role]["latency"] = asdict(latency)
+    return rows
+
+
+def model_inputs(encoded) -> list[str]:
+    """What of an image processor's output goes into the model."""
+    return [name for name in ("pixel_values", "pixel_mask") if name in encoded]
+
+
+def cost_table(rows: dict[str, dict[str, Any]], markdown: bool = False) -> str:
+    """Parameters, FLOPs and latency side by side."""
+    header = ["", "parameters (M)", "GFLOPs", "input", "median (ms)", "p95 (ms)"]
+    lines = []
+    for role, row in rows.items():
+        times = row.get("latency")
+        milliseconds = ["-", "-"] if times is None else [f"{1000 * times[name]:.1f}" for name in ("median", "p95")]
+        size = "x".join(map(str, row["input"]))
+        lines.append([role, f"{row['parameters'] / 1e6:.2f}", f"{row['flops'] / 1e9:.2f}", size, *milliseconds])
+    return text_table(header, lines, markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What a detector costs: parameters, floating-point operations and latency."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+WARMUP, ROUNDS = 5, 30
+"""Calls that don't count, and calls that do: the first ones allocate, and choose and compile kernels."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one call."""
+
+    median: float
+    p95: float
+    """19 of 20 calls are faster: what a user notices."""
+    rounds: int
+
+
+def latencies(
+    functions: Mapping[str, Callable[[], Any]], *, warmup: int = WARMUP, rounds: int = ROUNDS
+) -> dict[str, Latency]:
+    """How long functions take. They run in turn (A B A B ...), so that a machine whose speed drifts is fair to all.
+
+    Work on a GPU is waited for.
+    """
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    _wait()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            _wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Latency(statistics.median(values), p95(values), rounds) for name, values in seconds.items()}
+
+
+def p95(values: list[float]) -> float:
+    """The 95th percentile, interpolated."""
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=20, method="inclusive")[-1]
+
+
+def flops(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
+    """Of one forward pass in evaluation mode, two for each multiply-add.
+
+    As `torch.utils.flop_counter` counts: matrix products, convolutions and attention. The sampling of deformable attention
+    and all elementwise work are left out.
+    """
+    was_training = model.training
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(**inputs)
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What latencies depend on besides the model."""
+    device = torch.device(device)
+    packages = {}
+    for name in ("torch", "transformers", "onnxruntime"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} ({device.type})",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}, python {platform.python_version()}",
+        **packages,
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")  # elsewhere platform.processor() knows
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
