@@ -20,7 +20,7 @@ SETTINGS = {"kd_detr": {"general_points": 5}}
 """So that the tests are fast; a method without a line runs with its defaults."""
 LAYERED = {"kd_detr": {"layers": "paired"}, "ld": {"layers": "paired"}}
 """Settings under which every layer of an identical student has nothing to learn."""
-FAMILIES_OF = {"ld": {"d_fine", "deimv2"}}
+FAMILIES_OF = {"ld": {"d_fine", "deimv2"}, "proposals": {"rt_detr", "rt_detr_v2", "d_fine", "deimv2"}}
 """The families of a method that isn't for all."""
 REPLAYS = {
     "student": {"kd_detr", "d3etr", "detrdistill", "clockdistill"},
@@ -42,6 +42,7 @@ ZERO = {
     "detrdistill": {"logits_class", "logits_l1", "logits_giou", "feature"},
     "clockdistill": {"lcmd_foreground", "lcmd_background", "tcld_class", "tcld_l1", "tcld_giou"},
     "ld": {"ld"},
+    "proposals": {"class", "l1", "giou"},
     "drkd": {"pixel", "instance"},  # relation too, but it is small beside a difference too: test_drkd.py
 }
 """Terms that vanish for an identical student, by their definition."""

@@ -30,7 +30,9 @@ from .setup import write_json
 class MakeStudentArguments:
     """From which teacher, and where the student goes."""
 
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "The teacher: a folder or a Hub id."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher: a folder or a Hub id."}
+    )
     teacher_image_processor_name: str | None = field(
         default=None, metadata={"help": "Its image processor, where it is not beside it."}
     )
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("--teacher_model_name_or_path and --output_dir are needed.")
     teacher = load_detector(arguments.teacher_model_name_or_path, token=arguments.token)
     place = arguments.teacher_image_processor_name or arguments.teacher_model_name_or_path
-    processors = {role: AutoImageProcessor.from_pretrained(place, token=arguments.token) for role in ("teacher", "student")}
+    processors = {
+        role: AutoImageProcessor.from_pretrained(place, token=arguments.token) for role in ("teacher", "student")
+    }
     if arguments.image_size is not None:
         processors["student"].size = {"height": arguments.image_size, "width": arguments.image_size}
     set_seed(arguments.seed)

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .curves import PALETTE
+from .curves import PALETTE, STYLES
 from .summary import TWIN
 
 DPI = 80
@@ -35,7 +35,7 @@ def plot_gains(summary: Mapping[str, Any], path: str | Path) -> None:
         gap.axvline(100, color="black", linewidth=0.8, linestyle=":")
         gap.set(title="share of the gap to the teacher closed (%)", yticks=range(len(rows)), yticklabels=[])
         for axes in (gain, gap):
-            axes.invert_yaxis()
+            axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.grid(alpha=0.3, axis="x")
     _save(figure, path)
 
@@ -100,11 +100,10 @@ def _lines(by_step: Axes, by_time: Axes, runs: list[Mapping[str, Any]], label: s
     if not steps:
         return
     points = [100 * statistics.mean(curve[step] for curve in curves) for step in steps]
-    style = (
-        {"color": PALETTE[(index - 1) % len(PALETTE)], "linewidth": 1.4}
-        if index
-        else {"color": "black", "linestyle": "--"}
-    )
+    style = {"color": "black", "linestyle": "--"}
+    if index:
+        turn, color = divmod(index - 1, len(PALETTE))
+        style = {"color": PALETTE[color], "linestyle": STYLES[turn % len(STYLES)], "linewidth": 1.4}
     by_step.plot(steps, points, label=label, **style)
     seconds = [run["step_seconds"] for run in runs if run["step_seconds"]]
     if seconds:

@@ -84,7 +84,8 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Ma
 
 
 def _metric_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, float]) -> str:
-    lines = {"teacher": teacher, "twin": rows[0]["twin_metrics"], **{row["method"]: row["metrics"] for row in rows}}
+    twin = max(rows, key=lambda row: len(row["seeds"]))["twin_metrics"]
+    lines = {"teacher": teacher, "twin": twin, **{row["method"]: row["metrics"] for row in rows}}
     cells = [[name, *(number("map", metrics.get(key)) for key in COLUMNS.values())] for name, metrics in lines.items()]
     return text_table(["", *COLUMNS], cells, markdown=True)
 

@@ -131,7 +131,7 @@ def draw_sheet(
     for axes, row in zip(panels[:, 0], rows, strict=True):
         _show(axes, row)
         for box, label, crowd in zip(row.boxes.tolist(), row.labels.tolist(), row.crowd.tolist(), strict=True):
-            _box(axes, box, class_names[label], KINDS["crowd" if crowd else "object"])
+            draw_box(axes, box, class_names[label], KINDS["crowd" if crowd else "object"])
     panels[0, 0].set_title("ground truth")
     for column, title in enumerate(titles, start=1):
         least = best_threshold(rows, title, outcomes[title]) if threshold is None else threshold
@@ -222,15 +222,15 @@ def _outcome(axes, row: SheetRow, detections, outcome: Outcome, class_names: Map
     found = {outcome.objects[i] for i in shown}
     for index, (box, label) in enumerate(zip(row.boxes.tolist(), row.labels.tolist(), strict=True)):
         if row.crowd[index]:
-            _box(axes, box, "", KINDS["crowd"])
+            draw_box(axes, box, "", KINDS["crowd"])
         elif index not in found:
-            _box(axes, box, class_names[label], KINDS["missed"])
+            draw_box(axes, box, class_names[label], KINDS["missed"])
     for i in shown:
         text = f"{class_names[int(detections['labels'][i])]} {scores[i]:.2f}"
-        _box(axes, detections["boxes"][i].tolist(), text, KINDS[outcome.kinds[i]])
+        draw_box(axes, detections["boxes"][i].tolist(), text, KINDS[outcome.kinds[i]])
 
 
-def _box(axes: Axes, box: Sequence[float], text: str, kind: Kind) -> None:
+def draw_box(axes: Axes, box: Sequence[float], text: str, kind: Kind) -> None:
     x1, y1, x2, y2 = box
     casing = withStroke(linewidth=3, foreground=kind.text, alpha=0.6)  # lines stand out from any background
     line = {"edgecolor": kind.color, "linestyle": kind.style, "linewidth": 1.6, "path_effects": [casing]}

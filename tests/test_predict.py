@@ -1,0 +1,127 @@
+"""predict: what it finds equals transformers' own, in images, folders, frames and videos."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from PIL import Image
+from scenes import processor
+
+from hf_detrkd.commands import predict
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = zoo.build("rt_detr")
+    model.save_pretrained(folder)
+    processor(model).save_pretrained(folder)
+    return str(folder)
+
+
+def picture(path, size=(50, 40), seed: int = 0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def run(checkpoint, place, output, *flags: str) -> dict:
+    base = ["--model_name_or_path", checkpoint, "--input", str(place), "--output_dir", str(output), "--device", "cpu"]
+    return predict.main([*base, *flags])
+
+
+def test_folder_equals_transformers(tmp_path, checkpoint):
+    """Three images of two sizes in batches of two; sub-folders keep their names; other files are passed over."""
+    place = tmp_path / "in"
+    picture(place / "b.png")
+    picture(place / "sub" / "a.png", size=(30, 60), seed=1)
+    picture(place / "b.jpg", seed=2)
+    (place / "notes.txt").write_text("no image")
+    output = tmp_path / "out"
+    results = run(checkpoint, place, output, "--threshold", "0.3", "--batch_size", "2")
+    assert json.loads((output / "predictions.json").read_text()) == results
+    assert [image["file_name"] for image in results["images"]] == ["b.jpg", "b.png", "sub/a.png"]
+    assert results["images"][2] == {"id": 2, "file_name": "sub/a.png", "width": 30, "height": 60}
+    for drawn in ("b.jpg.png", "b.png", "sub/a.png"):
+        assert (output / "drawn" / drawn).stat().st_size > 0
+
+    model, tools = zoo.build("rt_detr"), processor(zoo.build("rt_detr"))
+    with Image.open(place / "sub" / "a.png") as image:
+        inputs = tools(images=[image], return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(pixel_values=inputs["pixel_values"])
+    expected = tools.post_process_object_detection(outputs, threshold=0.3, target_sizes=[(60, 30)])[0]
+    found = [one for one in results["annotations"] if one["image_id"] == 2]
+    assert len(found) == len(expected["scores"]) > 0
+    scores, order = expected["scores"].sort(descending=True)
+    assert [one["score"] for one in found] == pytest.approx(scores.tolist(), abs=1e-4)
+    for one, index in zip(found, order.tolist(), strict=True):
+        x1, y1, x2, y2 = expected["boxes"][index].tolist()
+        assert one["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.02)
+        assert one["category_id"] == expected["labels"][index] and one["file_name"] == "sub/a.png"
+        assert one["category_name"] == model.config.id2label[one["category_id"]]
+
+
+def test_one_image_upright_without_drawing(tmp_path, checkpoint):
+    path = tmp_path / "turned.jpg"
+    image = Image.new("L", (50, 20), 90)  # grey, turned by its EXIF
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    results = run(checkpoint, path, tmp_path / "out", "--draw", "false")
+    assert results["images"] == [{"id": 0, "file_name": "turned.jpg", "width": 20, "height": 50}]
+    assert not (tmp_path / "out" / "drawn").exists()
+
+
+def test_video(tmp_path, monkeypatch, checkpoint):
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(b"")
+    monkeypatch.setattr(predict, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match="is a video, which needs PyAV.*Or make a folder of frames: ffmpeg -i clip.mp4"
+    ):
+        run(checkpoint, video, tmp_path / "out")
+    frames = [torch.full((3, 20, 30), value, dtype=torch.uint8) for value in range(5)]
+    monkeypatch.setattr(predict, "_frames_reader", lambda place: lambda place: iter(frames))
+    results = run(checkpoint, video, tmp_path / "out", "--every", "2", "--draw", "false")
+    names = [image["file_name"] for image in results["images"]]
+    assert names == ["clip/frame_000000.png", "clip/frame_000002.png", "clip/frame_000004.png"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV is not installed")
+def test_video_by_av(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    pictures = list(predict.read_pictures(tmp_path / "clip.mp4"))
+    assert [tuple(one.pixels.shape) for one in pictures] == [(3, 48, 64)] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "message"),
+    [
+        ("broken.png", b"no image", [], "neither an image nor a video"),
+        ("absent.png", None, [], "there is no such file or folder"),
+        ("empty", None, [], "no image in the folder"),
+        ("broken.png", b"", ["--threshold", "2"], "--threshold is 2.0; a score is between 0 and 1"),
+        ("broken.png", b"", ["--batch_size", "0"], "--batch_size and --every must be 1 or more"),
+    ],
+)
+def test_refused(tmp_path, checkpoint, name, content, flags, message):
+    place = tmp_path / name
+    if content is not None:
+        place.write_bytes(content)
+    elif name == "empty":
+        place.mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(checkpoint, place, tmp_path / "out", *flags)
