@@ -83,7 +83,7 @@ def test_video(tmp_path, monkeypatch, checkpoint):
     video.write_bytes(b"")
     monkeypatch.setattr(predict, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match="is a video, which needs PyAV.*Or make a folder of frames: ffmpeg -i clip.mp4"
+        ValueError, match=r"is a video, which needs PyAV.*Or make a folder of frames: ffmpeg -i clip\.mp4"
     ):
         run(checkpoint, video, tmp_path / "out")
     frames = [torch.full((3, 20, 30), value, dtype=torch.uint8) for value in range(5)]

@@ -1,5 +1,6 @@
-"""What a training step costs, measured in pairs.
+"""What a training step costs, measured in pairs; and latency.
 
+    python scripts/benchmark.py latency ...                   of detectors, see hf_detrkd/commands/latency.py
     python scripts/benchmark.py task-loss                     transformers' matching against all layers at once
     python scripts/benchmark.py step --method kd_detr         a distillation step against the sum of what it can't avoid
     python scripts/benchmark.py step --student CONFIG_OR_FOLDER --teacher CONFIG_OR_FOLDER --image_size 320
@@ -33,6 +34,7 @@ from ..methods.kd_detr import KDDetr
 from ..model import DistillationModel
 from ..sampling import random_queries, teacher_queries
 from ..view import DetrView
+from . import latency
 from .setup import write_json
 
 MODELS = Path(__file__).parents[2] / "scripts" / "recipes" / "models"
@@ -40,8 +42,11 @@ MODELS = Path(__file__).parents[2] / "scripts" / "recipes" / "models"
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command. Prints a table; returns and, with ``--output``, writes the numbers."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["latency"]:
+        return latency.main(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "task-loss", "memory"))
+    parser.add_argument("what", choices=("step", "task-loss", "memory", "latency"))
     parser.add_argument("--method", default="kd_detr", choices=["none", *METHODS])
     parser.add_argument("--method_config", type=json.loads, default=None)
     parser.add_argument("--student", default=str(MODELS / "rt_detr_mobilenetv2_student.json"))
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--families", nargs="+", default=["detr", "deformable_detr", "rt_detr"], help="of task-loss")
     parser.add_argument("--output", help="JSON file for the numbers")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if arguments.what == "step":
         rows = step_rows(arguments) + peak_memory_rows(arguments)
     elif arguments.what == "memory":

@@ -1,0 +1,62 @@
+"""hf-detrkd: every command of the package is reachable from an installed wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from hf_detrkd import __main__ as entry
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_script_has_a_command_and_every_command_a_main():
+    scripts = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
+    assert entry.COMMANDS.keys() <= scripts
+    for name in entry.COMMANDS:
+        assert callable(import_module(f"hf_detrkd.commands.{name.replace('-', '_')}").main), name
+
+
+def test_words_go_to_the_command(monkeypatch):
+    calls = []
+    for name in entry.COMMANDS:
+        module = import_module(f"hf_detrkd.commands.{name.replace('-', '_')}")
+        monkeypatch.setattr(module, "main", lambda words, name=name: calls.append((name, words)))
+        monkeypatch.setattr(sys, "argv", ["hf-detrkd"])
+        entry.main([name, "--flag", "1"])
+        assert sys.argv[0] == f"hf-detrkd {name}"
+    assert calls == [(name, ["--flag", "1"]) for name in entry.COMMANDS]
+
+
+def test_help_and_unknown(capsys):
+    for words in ([], ["--help"]):
+        entry.main(words)
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in entry.COMMANDS)
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["distil"])
+    assert ended.value.code == 2
+    assert "unknown command 'distil'" in capsys.readouterr().err
+
+
+def test_installed_entry_point():
+    declared = [point for point in entry_points(group="console_scripts") if point.name == "hf-detrkd"]
+    if not declared:
+        pytest.skip("installed before it had an entry point; pip install -e . again")
+    assert declared[0].value == "hf_detrkd.__main__:main"
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path):
+    """Built without the repository's environment, the wheel has the commands and no script of the repository."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert "hf_detrkd/__main__.py" in names and "hf_detrkd/commands/distill.py" in names
+    assert any(name.endswith("entry_points.txt") for name in names)
