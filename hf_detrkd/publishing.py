@@ -6,22 +6,21 @@ same files again.
 
 from __future__ import annotations
 
-import errno
+import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError
 
 from .config import DistillationConfig
 from .reporting.card import write_card
+from .reporting.writing import Reports
 
 NOT_PUSHED = (
     "checkpoint-*",  # states of the optimiser, for a resume
@@ -37,6 +36,10 @@ METRIC = Path(__file__).parent / "evaluation" / "coco_detection"
 
 class PushError(RuntimeError):
     """Nothing was lost, but it is not on the Hub. The message says what to do."""
+
+
+class OccupiedError(PushError):
+    """The repository is there and holds something else."""
 
 
 def push_folder(
@@ -75,6 +78,8 @@ def push_folder(
         )
     except Exception as error:  # whatever it was, the way to go on must be said
         reason = str(error) if isinstance(error, PushError) else explain(error, repo_id)
+        if isinstance(error, OccupiedError):  # the command must not overwrite what is there
+            repo_id += "-detector"
         raise PushError(
             f"{folder} is not on the Hub. {reason}\nAll its files are still in {folder}. This pushes them again:\n"
             f"    {upload_command(folder, repo_id, repo_type, revision)}"
@@ -102,13 +107,13 @@ def open_repository(
         raise PushError(explain(error, repo_id)) from error
     if repo_type == "model":
         if info.pipeline_tag not in (None, "object-detection") or info.library_name not in (None, "transformers"):
-            raise PushError(
+            raise OccupiedError(
                 f"The repository {url.repo_id} exists and holds another kind of model (task {info.pipeline_tag}, library "
                 f"{info.library_name}), which this push would overwrite. Choose another name with --hub_model_id, or "
                 "delete that repository."
             )
     elif info.sdk not in (None, space_sdk):
-        raise PushError(
+        raise OccupiedError(
             f"The {repo_type} {url.repo_id} exists and runs on {info.sdk}, not {space_sdk}: it holds something else, which "
             "this push would overwrite. Choose another name, or delete it."
         )
@@ -136,13 +141,15 @@ def explain(error: BaseException, repo_id: str) -> str:
         if isinstance(cause, HfHubHTTPError):
             return _explain_status(cause, hub, repo_id)
         if isinstance(cause, HTTPError):
-            return f"{hub} can't be reached ({type(cause).__name__}: {cause}). Is there a network, and is HF_ENDPOINT right?"
+            return f"The connection to {hub} failed ({type(cause).__name__}: {cause}). Is there a network?"
     return f"{type(error).__name__}: {error}."
 
 
 def _explain_status(error: HfHubHTTPError, hub: str, repo_id: str) -> str:
     status = error.response.status_code
     said = error.server_message or error.response.reason_phrase
+    if status == 401 and "authorization" not in error.request.headers:
+        return f"There is no token for {hub}. Log in with `hf auth login`, or set HF_TOKEN."
     if status == 401:
         return (
             f"{hub} refuses the token (401: {said}). Log in with `hf auth login`, or pass a token that may write "
@@ -154,6 +161,22 @@ def _explain_status(error: HfHubHTTPError, hub: str, repo_id: str) -> str:
             "namespace (--hub_model_id)."
         )
     return f"{hub} answered {status} ({said})."
+
+
+def finish(
+    reports: Reports, results: Mapping[str, Any], args: DistillationConfig, say: Callable[[str], None] = print
+) -> None:
+    """The end of a command: say what could not be written, and push where that is wanted.
+
+    Raises:
+        ReportError: a file could not be written; nothing is pushed.
+        PushError: everything is on disk.
+    """
+    if "results.json" in reports.failed:
+        say(f"results.json would have held:\n{json.dumps(results, default=str)}")
+    reports.check(args.output_dir, upload_command(args.output_dir, repository_of(args), revision=args.hub_revision))
+    if args.push_to_hub and args.process_index == 0:
+        say(f"on the Hub: {publish(results, args)}")
 
 
 def publish(results: Mapping[str, Any], args: DistillationConfig) -> str:
@@ -211,43 +234,4 @@ def push_metric(repo_id: str, *, token: str | None = None, private: bool | None 
             token=token,
             private=private,
             commit_message="COCO detection metric",
-        )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is for want of space; safetensors and torch wrap the operating system's into their own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return isinstance(error, (SafetensorError, RuntimeError)) and "No space left on device" in str(error)
-
-
-class ReportError(RuntimeError):
-    """The model is on disk; files about it could not be written. The message names them."""
-
-
-class Reports:
-    """The files that are written about a model. One that can't be written stops neither the others nor the run."""
-
-    def __init__(self):
-        self.failed: dict[str, OSError] = {}
-
-    @contextmanager
-    def writing(self, name: str) -> Iterator[None]:
-        """A file is written in this context; a disk that is full or broken is noted."""
-        try:
-            yield
-        except OSError as error:
-            self.failed[name] = error
-
-    def check(self, folder: str | Path, repo_id: str | None) -> None:
-        """Raises:
-        ReportError: something could not be written.
-        """
-        if not self.failed:
-            return
-        reasons = "\n".join(f"    {name}: {error}" for name, error in self.failed.items())
-        raise ReportError(
-            f"The model is trained and complete in {folder}, but these files about it could not be written:\n{reasons}\n"
-            "Make room on the disk. The metrics are in what was printed above."
-            + f"\nThis pushes the model as it is:\n    {upload_command(folder, repo_id or Path(folder).absolute().name)}"
         )

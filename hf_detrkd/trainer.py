@@ -25,6 +25,9 @@ from .labels import LabelMap
 from .methods import DistillationMethod, build_methods
 from .model import DistillationModel
 from .progress import DistillationPrinter, DistillationProgress
+from .publishing import open_repository, push_folder, repository_of
+from .reporting.card import write_card
+from .reporting.versions import versions
 
 logger = logging.get_logger(__name__)
 
@@ -352,6 +355,75 @@ class DistillationTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
         self._load_student(self.state.best_model_checkpoint)
+
+    # -- the Hub -----------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As Trainer's, with an error that says what to do; a repository of another kind of model is refused."""
+        if self.is_world_process_zero():
+            token, private = token or self.args.hub_token, self.args.hub_private_repo if private is None else private
+            self.hub_model_id = open_repository(repository_of(self.args), token=token, private=private)
+            self.push_in_progress = None
+
+    def create_model_card(self, model_name: str | None = None, **metadata) -> None:
+        """Writes ``README.md`` from what this trainer has measured; see `hf_detrkd.reporting.card`.
+
+        Args:
+            model_name: id on the Hub.
+            metadata: ``license``, ``language``, ``base_model``, ``datasets``, ``tags``.
+        """
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, self._results(), model_name or self.hub_model_id, **metadata)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **metadata,
+    ):
+        """Saves the plain student, its image processor and a card, and pushes them. Always waits for the end.
+
+        Raises:
+            PushError: the student is on disk; the message has the command that pushes it again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**metadata)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return push_folder(
+            self.args.output_dir,
+            self.hub_model_id or repository_of(self.args),
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            write=lambda name: self.create_model_card(**{**metadata, "model_name": name}),
+        )
+
+    def _results(self) -> dict[str, Any]:
+        """What this trainer knows of what a command writes to ``results.json``."""
+        wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        student = {
+            "method": "+".join(method.name for method in wrapper.methods) or "none",
+            "model_type": self.student.config.model_type,
+            "parameters": self.student.num_parameters(),
+            "steps": self.state.global_step,
+        }
+        for split, prefix in (("test", "test_"), ("validation", "eval_")):
+            last = next((log for log in reversed(self.state.log_history) if f"{prefix}map" in log), {})
+            student[split] = {
+                name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)
+            }
+        teacher = None
+        if self.teacher is not None:
+            teacher = {"name_or_path": self.teacher.name_or_path, "parameters": self.teacher.num_parameters()}
+        settings = {"DistillationConfig": self.args.to_dict()}
+        return {"student": student, "teacher": teacher, "twin": None, "settings": settings, "versions": versions()}
 
 
 def read_state(folder: str) -> dict[str, Any]:

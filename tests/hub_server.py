@@ -198,7 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
         for file in wish["files"]:
             path, old = file["path"], repository.files.get(file["path"])
             large = file["size"] > 2**20 or path.endswith((".safetensors", ".png"))
-            algorithm = hashlib.sha256(old or b"") if large else hashlib.sha1(b"blob %d\0" % len(old or b"") + (old or b""))
+            algorithm = (
+                hashlib.sha256(old or b"") if large else hashlib.sha1(b"blob %d\0" % len(old or b"") + (old or b""))
+            )
             oid = None if old is None else algorithm.hexdigest()
             files.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
         return {"files": files}

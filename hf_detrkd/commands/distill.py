@@ -4,6 +4,10 @@
         --teacher_model_name_or_path TEACHER --model_name_or_path STUDENT \\
         --dataset_name DATA --output_dir runs/student --method kd_detr --with_twin true
 
+    accelerate launch scripts/distill.py --teacher_model_name_or_path TEACHER --student_backbone resnet18 \\
+        --student_decoder_layers 3 --dataset_name DATA --output_dir runs/student --with_twin true
+
+The second makes the student from the teacher (make_student.py), with the teacher's weights wherever they fit.
 TEACHER and STUDENT are local folders or Hub ids, DATA is a folder (COCO, YOLO, Pascal VOC, imagefolder), a Hub id or
 `shapes`. Every field of DistillationConfig (all of TrainingArguments and the settings of distillation) is a flag.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,21 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
 from ..evaluation.detector import evaluate_detector
+from ..publishing import finish, open_repository, repository_of
+from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
 from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
-from ..students import inherit
+from ..reporting.writing import Reports, saving_weights
+from ..students import inherit, make_student
 from ..trainer import DistillationTrainer, digest, load_detector
-from .arguments import DataArguments, ModelArguments, parse
-from .records import StepClock, data_of, mean_shares, peak_memory, settings, versions
+from .arguments import DataArguments, ModelArguments, StudentArguments, parse
+from .records import StepClock, data_of, mean_shares, origin, peak_memory, settings, versions
 from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
 
 
 @dataclass
-class DistillArguments:
+class DistillArguments(StudentArguments):
     """What else a distillation run does."""
 
     with_twin: bool = field(
@@ -51,6 +58,9 @@ class DistillArguments:
     evaluate_teacher: bool = field(default=True, metadata={"help": "Measure the teacher too."})
     only_teacher: bool = field(default=False, metadata={"help": "Measure the teacher, and train nothing."})
     sheet_images: int = field(default=8, metadata={"help": "Images on the sheet of detections; 0: no sheet."})
+    license: str | None = field(
+        default=None, metadata={"help": "The student's license for its model card, such as apache-2.0."}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -101,8 +111,17 @@ def prepare(
     elif args.method != ["none"]:
         raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
 
+    made = extra.keywords()
+    if made:
+        _check_made(model_arguments, extra, teacher)
+        # The student sees what its teacher sees, unless flags say otherwise
+        processor_place = model_arguments.image_processor_name or extra.teacher_image_processor_name or teacher_path
+        model_arguments = replace(model_arguments, image_processor_name=processor_place)
+
     def build() -> PreTrainedModel:
         set_seed(args.seed)  # student and twin start from the same weights
+        if made:
+            return make_student(teacher, id2label=data.train.id2label, **made)
         model = build_detector(model_arguments, data.train.id2label)
         if extra.inherit_from_teacher:
             if teacher is None:
@@ -116,6 +135,17 @@ def prepare(
     return Prepared(data, teacher, teacher_processor, student, processor, build)
 
 
+def _check_made(model_arguments: ModelArguments, extra: DistillArguments, teacher: PreTrainedModel | None) -> None:
+    flags = ", ".join(f"--student_{name}" for name in extra.keywords())
+    if teacher is None:
+        raise ValueError(f"{flags}: the student is made from the teacher, so --teacher_model_name_or_path is needed.")
+    if model_arguments.model_name_or_path is not None or model_arguments.config_name is not None:
+        raise ValueError(
+            f"{flags} make the student from the teacher, but --model_name_or_path or --config_name names a student too. "
+            "Pass one of the two."
+        )
+
+
 def distill(
     model_arguments: ModelArguments, data_arguments: DataArguments, extra: DistillArguments, args: DistillationConfig
 ) -> dict[str, Any]:
@@ -123,11 +153,16 @@ def distill(
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
+        # A wrong token or name shows before hours of training
+        args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
     run = prepare(model_arguments, data_arguments, extra, args, say)
     data, teacher, processor = run.data, run.teacher, run.processor
     results: dict[str, Any] = {"teacher": None, "twin": None, "data": data_of(data)}
+    results |= origins(model_arguments, data_arguments)
     if teacher is not None:
         results["teacher"] = teacher_row(run, args, measure=extra.evaluate_teacher or extra.only_teacher)
+        results["teacher"] |= origin(teacher.name_or_path, args.teacher_model_revision, model_arguments.cache_dir)
         for split, metrics in (("validation", "validation"), (data.test_split, "test")):
             if results["teacher"][metrics]:
                 say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
@@ -143,24 +178,42 @@ def distill(
     if extra.with_twin and distilled:
         runs["twin"] = (run.build(), twin_of(args), None)
     histories, models = {}, {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
+    reports = Reports()
     for role, (model, arguments, its_teacher) in runs.items():
         say(f"\n{role}: {model.num_parameters() / 1e6:.2f} M parameters, method {'+'.join(arguments.method)}")
-        results[role], histories[role] = train(model, arguments, data, processor, its_teacher, run.teacher_processor)
+        results[role], histories[role] = train(
+            model, arguments, data, processor, its_teacher, run.teacher_processor, reports
+        )
         models[role] = (model, processor)
 
     results |= recorded
     if args.should_save:
-        write_json(results, output / "results.json")
-        plot_curves(histories, output / "curves.png")
+        with reports.writing("results.json"):
+            write_json(results, output / "results.json")
+        with reports.writing("curves.png"):
+            plot_curves(histories, output / "curves.png")
         if extra.sheet_images:
-            draw_comparison(models, data.test, output / "sheet.png", number=extra.sheet_images)
+            with reports.writing("sheet.png"):
+                draw_comparison(models, data.test, output / "sheet.png", number=extra.sheet_images)
+        with reports.writing("README.md"):
+            write_card(output, results)
         table = comparison_table(
             {role: results[role]["test"] for role in ("teacher", "twin", "student") if results.get(role)}
         )
         say(
-            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, sheet.png"
+            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, sheet.png, README.md"
         )
+        finish(reports, results, args, say)
     return results
+
+
+def origins(model_arguments: ModelArguments, data_arguments: DataArguments) -> dict[str, Any]:
+    """For ``results.json`` and the card: the checkpoint the student started from, and whether the data are on the Hub."""
+    start, name = None, data_arguments.dataset_name
+    if model_arguments.model_name_or_path is not None:
+        start = origin(model_arguments.model_name_or_path, model_arguments.model_revision, model_arguments.cache_dir)
+    local = name.partition(":")[0] == "shapes" or Path(name).expanduser().exists()
+    return {"start": start, "dataset_on_hub": not local}
 
 
 def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[str, Any]:
@@ -184,7 +237,9 @@ def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[
     return row
 
 
-def train(model, args: DistillationConfig, data: Data, processor, teacher, teacher_processor) -> tuple[dict, list]:
+def train(
+    model, args: DistillationConfig, data: Data, processor, teacher, teacher_processor, reports: Reports
+) -> tuple[dict, list]:
     """Trains one detector and evaluates it on the validation and test splits.
 
     Returns:
@@ -204,10 +259,12 @@ def train(model, args: DistillationConfig, data: Data, processor, teacher, teach
         callbacks=[clock],
     )
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    seconds = time.perf_counter() - start
-    trainer.save_model()
-    trainer.save_state()
+    with saving_weights(args.output_dir, lambda: last_complete_checkpoint(Path(args.output_dir))):
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        seconds = time.perf_counter() - start
+        trainer.save_model(_internal_call=True)  # which doesn't push: first everything is written
+    with reports.writing("trainer_state.json"):
+        trainer.save_state()
     validation = trainer.evaluate(metric_key_prefix="validation")
     test = trainer.evaluate(data.test, metric_key_prefix="test")
     row = {
@@ -226,7 +283,8 @@ def train(model, args: DistillationConfig, data: Data, processor, teacher, teach
         "test": {name.removeprefix("test_"): value for name, value in test.items()},
     }
     for split, metrics in (("train", result.metrics), ("validation", validation), ("test", test)):
-        trainer.save_metrics(split, metrics)
+        with reports.writing(f"{split}_results.json"):
+            trainer.save_metrics(split, metrics)
     return row, trainer.state.log_history
 
 

@@ -16,10 +16,13 @@ from typing import Any
 from transformers import set_seed
 
 from ..config import DistillationConfig
+from ..publishing import finish, open_repository, repository_of
+from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
 from ..reporting.table import comparison_table
+from ..reporting.writing import Reports
 from .arguments import DataArguments, ModelArguments, parse
-from .distill import checkpoint_to_resume, train
+from .distill import checkpoint_to_resume, origins, train
 from .records import settings, versions
 from .setup import augment, build_detector, build_image_processor, load_data, write_json
 
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    if args.push_to_hub and args.process_index == 0:
+        args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
     with args.main_process_first(desc="data set"):
         data = load_data(data_arguments, args.seed, say, model_arguments.cache_dir, model_arguments.token)
     set_seed(args.seed)
@@ -49,14 +54,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     processor = build_image_processor(model_arguments, model)
     augment(data, data_arguments, processor)
     say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(data.train)} training images")
-    row, history = train(model, args, data, processor, None, None)
+    reports = Reports()
+    row, history = train(model, args, data, processor, None, None, reports)
     results = {"model": row, "settings": settings(model_arguments, data_arguments, args), "versions": versions()}
+    results |= origins(model_arguments, data_arguments)
     if args.should_save:
-        write_json(results, output / "results.json")
-        plot_curves({"model": history}, output / "curves.png")
+        with reports.writing("results.json"):
+            write_json(results, output / "results.json")
+        with reports.writing("curves.png"):
+            plot_curves({"model": history}, output / "curves.png")
+        with reports.writing("README.md"):
+            write_card(output, results)
         say(
             f"\nCOCO AP on {data.test_split}, in points\n{comparison_table({'model': row['test']})}\n\nwritten to {output}"
         )
+        finish(reports, results, args, say)
     return results
 
 

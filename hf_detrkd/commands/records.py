@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import TrainerCallback
 
 from ..config import DistillationConfig
+from ..reporting.versions import versions
 from .setup import Data
 
 
@@ -57,18 +58,31 @@ def data_of(data: Data) -> dict[str, Any]:
 
 
 def settings(*groups) -> dict[str, Any]:
-    """All flags of a run, by group."""
-    return {
+    """All flags of a run, by group; tokens only as `<TOKEN>`, since this is published."""
+    flags = {
         type(group).__name__: group.to_dict() if isinstance(group, DistillationConfig) else vars(group)
         for group in groups
     }
+    return {name: _without_tokens(values) for name, values in flags.items()}
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on besides the settings."""
-    packages = ("hf_detrkd", "torch", "torchvision", "transformers", "accelerate", "datasets", "numpy", "pycocotools")
+def _without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}",
-        **{name: version(name) for name in packages},
+        name: _without_tokens(value)
+        if isinstance(value, Mapping)
+        else "<TOKEN>"
+        if name == "token" and isinstance(value, str)
+        else value
+        for name, value in values.items()
     }
+
+
+def origin(name_or_path: str, revision: str | None, cache_dir: str | None) -> dict[str, str | None]:
+    """Where a model came from: its id and commit on the Hub, or a local folder, which has no ``revision``."""
+    file = None
+    if not Path(name_or_path).exists():
+        file = try_to_load_from_cache(name_or_path, "config.json", cache_dir=cache_dir, revision=revision)
+    return {"name_or_path": name_or_path, "revision": Path(file).parent.name if isinstance(file, str) else None}
+
+
+__all__ = ["StepClock", "data_of", "mean_shares", "origin", "peak_memory", "settings", "versions"]

@@ -275,7 +275,7 @@ def _images(results: Mapping[str, Any], split: str) -> str:
 def _dataset(results: Mapping[str, Any]) -> tuple[str, str | None]:
     """A data set's name, and its id where it is on the Hub."""
     name = _setting(results, "DataArguments", "dataset_name") or "the evaluation data"
-    if results.get("data", {}).get("source") == "hub":
+    if results.get("dataset_on_hub"):
         return name, name
     return name.partition(":")[0].rstrip("/").split("/")[-1], None
 

@@ -71,7 +71,9 @@ def saving_weights(folder: str | Path, last_checkpoint: Callable[[], str | None]
             if last
             else "There is no complete checkpoint of this run yet. Make room, and start again."
         )
-        raise ReportError(f"The disk is full ({error}), and the weights in {folder} are not complete. {left}") from error
+        raise ReportError(
+            f"The disk is full ({error}), and the weights in {folder} are not complete. {left}"
+        ) from error
 
 
 def is_disk_full(error: BaseException) -> bool:
