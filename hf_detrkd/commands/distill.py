@@ -201,7 +201,8 @@ def distill(
             {role: results[role]["test"] for role in ("teacher", "twin", "student") if results.get(role)}
         )
         say(
-            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, sheet.png, README.md"
+            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, "
+            "sheet.png, README.md"
         )
         finish(reports, results, args, say)
     return results
