@@ -148,7 +148,7 @@ def explain(error: BaseException, repo_id: str) -> str:
 def _explain_status(error: HfHubHTTPError, hub: str, repo_id: str) -> str:
     status = error.response.status_code
     said = error.server_message or error.response.reason_phrase
-    if status == 401 and "authorization" not in error.request.headers:
+    if status == 401 and "authorization" not in error.response.request.headers:
         return f"There is no token for {hub}. Log in with `hf auth login`, or set HF_TOKEN."
     if status == 401:
         return (

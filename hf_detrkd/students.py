@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from .backbones import PROBE, Backbone, find_backbone, pretrained_weights
@@ -113,8 +114,13 @@ def _check_wanted(wanted: Mapping[str, Any], adapter: FamilyAdapter, architectur
                 f"`{name}` is {wanted[name]}, but the teacher has {has}: a student made from it has 1 to {has}. For a "
                 "larger model write a config, and pass it with `inherit`."
             )
-    if wanted["d_model"] is not None and wanted["d_model"] < 1:
-        raise ValueError(f"`d_model` is {wanted['d_model']}; a width is 1 or more.")
+    heads = [getattr(config, name) for name in architecture.heads]
+    step = math.lcm(4, *heads)  # sines and cosines of two coordinates
+    if wanted["d_model"] is not None and (wanted["d_model"] < step or wanted["d_model"] % step):
+        raise ValueError(
+            f"`d_model` is {wanted['d_model']}; with {heads} attention heads it must be a multiple of {step}. Other numbers "
+            f"of heads go into `settings` of a config's own fields: {', '.join(architecture.heads)}."
+        )
 
 
 def _student_config(
@@ -188,18 +194,16 @@ def _inherit_layers(
         if name in architecture.query_tensors and name in source
     }
 
-    def source_of(name: str) -> Tensor | None:
+    def source_of(name: str) -> str | None:
         if new_backbone and name.startswith(architecture.backbone):
             return None
-        if name in rows:
-            return rows[name]
         for lists, kept in stacks:
             mapped = _in_teacher(name, lists, kept)
             if mapped in source:
-                return source[mapped]
-        return source.get(name)  # what only the first layer has
+                return mapped
+        return name  # also what only the first layer has
 
-    return _copy(student, teacher, source_of)
+    return _copy(student, teacher, source_of, rows)
 
 
 def _in_teacher(name: str, lists: Sequence[str], kept: Sequence[int]) -> str | None:
@@ -277,20 +281,56 @@ def inherit(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
     Returns:
         the number of tensors copied.
     """
-    return _copy(student, teacher, teacher.state_dict().get)
+    return _copy(student, teacher, lambda name: name)
 
 
-def _copy(student: PreTrainedModel, teacher: PreTrainedModel, source_of: Callable[[str], Tensor | None]) -> int:
-    """Copies what `source_of` says of a tensor's name, where its shape fits; returns how many tensors."""
+def _copy(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    source_of: Callable[[str], str | None],
+    instead: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Copies what of the teacher fits.
+
+    Args:
+        source_of: from a tensor's name its name in the teacher; None: it stays.
+        instead: by name, tensors to copy instead of the teacher's.
+
+    Returns:
+        the number of tensors.
+    """
+    state = teacher.state_dict()
     fitting = {}
     for name, value in student.state_dict().items():
-        source = source_of(name)
+        source = (instead or {}).get(name, state.get(source_of(name)))
         if source is not None and source.shape == value.shape:
             fitting[name] = source
     if _classes(student) != _classes(teacher):
         fitting = {name: value for name, value in fitting.items() if not _has_classes(name, value, student)}
+    _untie(student, teacher, {name: source_of(name) for name in fitting})
     student.load_state_dict(fitting, strict=False)
     return len(fitting)
+
+
+def _untie(student: PreTrainedModel, teacher: PreTrainedModel, sources: Mapping[str, str | None]) -> None:
+    """Takes apart parameters of the student that are several in the teacher.
+
+    Built from a config, the heads of all layers of some families are one parameter; loaded from a checkpoint in which they
+    differ they are not (transformers then unties them), and copying would leave the last layer's in all of them.
+    """
+    teachers = {name: id(value) for name, value in teacher.named_parameters(remove_duplicate=False)}
+    shared: dict[int, dict[int | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        shared[id(parameter)][teachers.get(sources.get(name))].append(name)
+    for kinds in shared.values():
+        for names in list(kinds.values())[1:]:
+            own = nn.Parameter(parameters[names[0]].detach().clone(), parameters[names[0]].requires_grad)
+            for name in names:
+                module, _, attribute = name.rpartition(".")
+                setattr(student.get_submodule(module), attribute, own)
+                student.all_tied_weights_keys.pop(name, None)
+            student.all_tied_weights_keys |= dict.fromkeys(names[1:], names[0])
 
 
 def _classes(model: PreTrainedModel) -> dict[int, str]:

@@ -409,7 +409,7 @@ class DistillationTrainer(Trainer):
         """What this trainer knows of what a command writes to ``results.json``."""
         wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         student = {
-            "method": "+".join(method.name for method in wrapper.methods) or "none",
+            "method": "+".join(wrapper.methods) or "none",
             "model_type": self.student.config.model_type,
             "parameters": self.student.num_parameters(),
             "steps": self.state.global_step,

@@ -48,7 +48,7 @@ def a_pair(student, teacher, settings=None, of_student=None, of_teacher=None):
 
 
 def close(value, expected, tolerance=1e-5):
-    torch.testing.assert_close(float(value), float(expected), rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.as_tensor(value).item(), float(expected), rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------- memory, by hand

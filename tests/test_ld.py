@@ -223,8 +223,15 @@ def test_layers():
     assert a_pair({"layers": "final"}, {"decoder_layers": 2})[0].teacher_layers == (2, 2)
 
 
-@pytest.mark.parametrize("targets", [(3, 2), (3, 0), (0,)])
-@pytest.mark.parametrize("settings", [{"form": "go_lsd"}, {"confidence": "student"}, {"content": "own"}])
+@pytest.mark.parametrize(
+    ("settings", "targets"),
+    [
+        ({"form": "go_lsd"}, (3, 0)),
+        ({"form": "go_lsd"}, (0,)),
+        ({"confidence": "student"}, (3, 2)),
+        ({"content": "own"}, (0,)),
+    ],
+)
 def test_settings(settings, targets):
     batch = zoo.batch(targets=targets)
     method, student, teacher = a_pair(settings)

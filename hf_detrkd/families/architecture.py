@@ -13,6 +13,8 @@ class Architecture:
 
     width: tuple[str, ...] = ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")
     """Fields that grow with the width; the first is the width itself."""
+    heads: tuple[str, ...] = ("encoder_attention_heads", "decoder_attention_heads")
+    """Fields with numbers of attention heads, which divide the width."""
     encoder_layers: str | None = "encoder_layers"
     decoder_layers: str | None = "decoder_layers"
     queries: tuple[str, ...] = ("num_queries",)
@@ -62,6 +64,7 @@ _VIT = "the backbone is a windowed ViT whose layers, windows and projector are o
 
 _LW_DETR = Architecture(
     width=("d_model", "decoder_ffn_dim"),
+    heads=("decoder_self_attention_heads", "decoder_cross_attention_heads"),
     encoder_layers=None,
     backbone=None,
     query_tensors=("model.query_feat.weight", "model.reference_point_embed.weight"),
@@ -101,6 +104,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "table-transformer": _DETR,
     "yolos": Architecture(
         width=(),
+        heads=(),
         encoder_layers=None,
         decoder_layers=None,
         queries=(),
