@@ -69,6 +69,31 @@ def test_selection_equals_the_image_processors(name):
         torch.testing.assert_close(corners[image], expected[image]["boxes"])
 
 
+def test_measured_ap_of_detectors_that_are_known():
+    """One finds every object, the other only those of the first images: AP tells, and so do the sets."""
+    model, data = zoo.build("rt_detr"), Scenes(6)
+    targets = [data[index]["target"] for index in range(6)]
+
+    def finds(images: int):
+        left = iter(range(6))
+
+        def detector(pixel_values, sizes):
+            found = [targets[next(left)] for _ in pixel_values]
+            return [
+                {"scores": torch.ones(n), "labels": one["labels"][:n], "boxes": one["boxes"][:n]}
+                for one in found
+                for n in [len(one["labels"]) if int(one["image_id"]) < images else 0]
+            ]
+
+        return detector
+
+    detectors = {"pytorch": finds(6), "onnx": finds(3)}
+    metrics, difference = measure(detectors, model.config, processor(model), data, 4)
+    assert metrics["pytorch"]["map"] == pytest.approx(1.0) and metrics["onnx"]["map"] < 0.9
+    objects = [len(target["labels"]) for target in targets]
+    assert (difference.detections, difference.unmatched) == (sum(objects) + sum(objects[:3]), sum(objects[3:]))
+
+
 def test_size_of_the_input():
     tools, size = fixed_size(processor(zoo.build("rt_detr")))
     assert size == (zoo.SIZE, zoo.SIZE) == (tools.size["height"], tools.size["width"])
