@@ -171,8 +171,8 @@ OWN_QUERIES = {
     "ld": (*_QUERIES, "class_embed", "lqe_layers"),  # edges alone
 }
 
-MEMORY_ONLY = {"features", "drkd"}
-"""Methods that end at the memory: decoder and heads learn from the task alone."""
+MEMORY_ONLY = {"features", "drkd", "proposals"}
+"""Methods that end before the decoder: decoder and heads learn from the task alone."""
 ZERO_WITHOUT_TARGETS = {
     "d3etr": {"group_l1", "group_giou"},
     "qskd": {"class", "l1", "giou", "feature"},
@@ -453,6 +453,8 @@ def test_classes_are_mapped_by_name(method, name):
     teacher = copy.deepcopy(student)
     teacher.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
     heads = [teacher.class_labels_classifier] if name == "detr" else [*teacher.model.decoder.class_embed]
+    if name == "rt_detr":
+        heads.append(teacher.model.enc_score_head)
     with torch.no_grad():
         if name == "rt_detr":  # denoising too
             embedding = teacher.model.denoising_class_embed.weight
