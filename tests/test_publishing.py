@@ -246,8 +246,8 @@ def test_a_push_that_fails_at_the_end_loses_nothing(hub, distilling, tmp_path, i
         distilling()
     folder = tmp_path / "run"
     check_student(folder)
-    names = ("results.json", "README.md", "curves.png", "test_results.json")
-    assert all((folder / name).is_file() for name in names)
+    names = ("results.json", "README.md", "test_results.json")  # no curves: one step logs nothing to plot
+    assert [name for name in names if not (folder / name).is_file()] == []
     assert f"All its files are still in {folder}" in str(failed.value)
 
 
