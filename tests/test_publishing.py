@@ -207,7 +207,8 @@ def distilling(tmp_path, monkeypatch):
         model.save_pretrained(place)
         processor().save_pretrained(place)
     flags = ["--model_name_or_path", str(places[0]), "--teacher_model_name_or_path", str(places[1])]
-    flags += ["--method", "logit_kd", "--max_steps", "1", "--save_strategy", "no", "--sheet_images", "0"]
+    flags += ["--method", "logit_kd", "--max_steps", "1", "--save_strategy", "no"]
+    flags += ["--logging_steps", "1", "--sheet_images", "0"]
     flags += ["--dataset_name", f"shapes:train=2,validation=2,test=2,size={zoo.SIZE}", "--use_cpu", "true"]
     flags += ["--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "run")]
     flags += ["--push_to_hub", "true", "--hub_token", WRITE_TOKEN, "--gradient_share_steps", "0"]
