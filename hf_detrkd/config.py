@@ -92,6 +92,12 @@ class DistillationConfig(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of all but the backbone."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of all but biases and norms."})
     max_grad_norm: float = field(default=0.1, metadata={"help": "Gradient norm clipping, as in DETR."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When to push. Others than end push checkpoints with training_args.bin, which holds the token."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: labels are dictionaries."})
     batch_eval_metrics: bool = field(default=True, metadata={"help": "Must stay True: evaluation streams."})
     metric_for_best_model: str | None = field(
