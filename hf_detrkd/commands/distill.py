@@ -26,6 +26,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
+from ..detectors import digest, load_detector
 from ..evaluation.detector import evaluate_detector
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
@@ -34,7 +35,7 @@ from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
 from ..reporting.writing import Reports, saving_weights
 from ..students import inherit, make_student
-from ..trainer import DistillationTrainer, digest, load_detector
+from ..trainer import DistillationTrainer
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
 from .records import StepClock, data_of, mean_shares, origin, peak_memory, settings, versions
 from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
