@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
-from .callbacks import SetEpoch, UpdateAverage
+from .callbacks import SetEpoch, StampSeconds, UpdateAverage
 from .checkpoints import load_checkpoint, resume, training_state, write_state
 from .config import DistillationConfig
 from .data.collator import DetectionCollator
@@ -30,6 +30,7 @@ from .progress import DistillationPrinter, DistillationProgress
 from .publishing_trainer import PublishingTrainer
 from .reporting.card import write_card
 from .reporting.versions import versions
+from .sheets import DrawSheets
 
 logger = logging.get_logger(__name__)
 
@@ -142,6 +143,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         self.ema = ExponentialMovingAverage(student, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
+        if args.sheet_steps and args.sheet_images:
+            self.add_callback(self._sheets(teacher_processing_class or processing_class))
+        self.add_callback(StampSeconds())
         self._parts = LossParts()
         self.teacher_digest = None
         if self.teacher is not None:
@@ -257,6 +261,23 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
     def _averaged(self) -> AbstractContextManager:
         """The student has the averaged weights inside, where there is an average."""
         return nullcontext() if self.ema is None else self.ema.applied()
+
+    def _sheets(self, teacher_processing_class: BaseImageProcessor | None) -> DrawSheets:
+        if getattr(self.eval_dataset, "id2label", None) is None or self.processing_class is None:
+            raise ValueError(
+                f"`sheet_steps` is {self.args.sheet_steps}, but sheets are drawn on a DetectionDataset, with the student's image "
+                f"processor: `eval_dataset` is a {type(self.eval_dataset).__name__} and `processing_class` a "
+                f"{type(self.processing_class).__name__}. Pass both, or set sheet_steps=0."
+            )
+        return DrawSheets(
+            self.eval_dataset,
+            (self.student, self.processing_class),
+            {} if self.teacher is None else {"teacher": (self.teacher, teacher_processing_class)},
+            every=self.args.sheet_steps,
+            number=self.args.sheet_images,
+            averaged=self._averaged,
+            trackers=self.callback_handler.callbacks,
+        )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

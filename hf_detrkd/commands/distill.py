@@ -58,7 +58,6 @@ class DistillArguments(StudentArguments):
     )
     evaluate_teacher: bool = field(default=True, metadata={"help": "Measure the teacher too."})
     only_teacher: bool = field(default=False, metadata={"help": "Measure the teacher, and train nothing."})
-    sheet_images: int = field(default=8, metadata={"help": "Images on the sheet of detections; 0: no sheet."})
     license: str | None = field(
         default=None, metadata={"help": "The student's license for its model card, such as apache-2.0."}
     )
