@@ -19,8 +19,10 @@ from hf_detrkd.callbacks import StampSeconds
 from hf_detrkd.reporting.sheet import find, spread
 from hf_detrkd.sheets import DrawSheets, show
 
+VALIDATION = Scenes(7, seed=1)
 
-def trainer(folder, *, eval_dataset=Scenes(7, seed=1), processing_class=None, **settings) -> DistillationTrainer:
+
+def trainer(folder, *, eval_dataset=VALIDATION, **settings) -> DistillationTrainer:
     """A run of four steps, logged at every one, with three images on a sheet."""
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 4, "sheet_images": 3}
@@ -33,7 +35,7 @@ def trainer(folder, *, eval_dataset=Scenes(7, seed=1), processing_class=None, **
         args,
         train_dataset=Scenes(),
         eval_dataset=eval_dataset,
-        processing_class=processing_class or processor(student),
+        processing_class=processor(student),
     )
 
 
@@ -164,7 +166,7 @@ def test_seconds_go_on_after_a_resume(tmp_path):
 
 
 def test_sheets_without_a_data_set_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`sheet_steps` is 5, but sheets are drawn on a DetectionDataset.*NoneType"):
+    with pytest.raises(ValueError, match=r"`sheet_steps` is 5, but sheets are drawn on a DetectionDataset.*NoneType"):
         trainer(tmp_path, eval_dataset=None, sheet_steps=5)
     for name in ("sheet_steps", "sheet_images"):
         with pytest.raises(ValueError, match=f"`{name}` is -1; it must be 0 or more"):
