@@ -11,13 +11,13 @@ import argparse
 import base64
 import io
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
@@ -25,8 +25,7 @@ from PIL import Image
 from ..methods import METHODS
 from ..publishing import upload_command
 from .card import class_names, dataset_of, measured, setting, settings_rows
-from .charts import Chart, charts_of
-from .curves import Panel
+from .report_charts import curves, schedule, terms
 from .run import TWIN, Run, read_run
 from .table import COLUMNS, comparison_rows, difference, points
 
@@ -34,13 +33,11 @@ NAME = "report.html"
 TEMPLATE = "report_template.html"
 REFRESH = 30
 """Seconds after which the page of an unfinished run is read again."""
-SHEETS = 6
-"""Of the sheets drawn during training so many are shown, the last among them."""
-SHEET_WIDTH, SHEET_QUALITY = 1600, 80
-"""Pixels, and WebP's quality: a sheet of 8 images is some 300 kB."""
-
-LOSSES = {"loss": "with distillation", "detection_loss": "detection"}
-"""The losses in training, as a legend calls them."""
+SHEETS = 4
+"""Of the sheets drawn during training so many are shown, the last among them; while a run goes on only that one."""
+SHEET_WIDTH = 1600
+WEBP = {"quality": 80, "method": 0}
+"""A sheet of 8 images has some 800 kB; the other methods save a tenth and take up to six times as long."""
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -76,7 +73,7 @@ def page(run: Run) -> str:
         row=row,
         rows=rows,
         name=run.folder.absolute().name,
-        method=" + ".join(_methods(run)),
+        method=" + ".join(run.methods),
         dataset=dataset_of(run.results)[0],
         split=split,
         images=run.results.get("data", {}).get("images") or {},
@@ -92,7 +89,7 @@ def page(run: Run) -> str:
         schedule=schedule(run),
         sheets=sheets(run),
         commands=commands(run),
-        papers=[METHODS[method].paper for method in _methods(run) if method in METHODS and METHODS[method].paper],
+        papers=[METHODS[method].paper for method in run.methods if method in METHODS and METHODS[method].paper],
         settings=settings_rows(run.results),
         all_settings=json.dumps(run.results.get("settings", {}), indent=2, sort_keys=True),
         labels=run.results.get("label_map"),
@@ -137,7 +134,7 @@ def figures(run: Run, shown: Mapping[str, Mapping[str, float]]) -> list[tuple[st
     parts = [(points(ap), f"AP of the {run.role}")]
     if twin is not None:
         parts.append((difference(ap, twin), "over its twin"))
-        if teacher is not None and teacher > twin:
+        if teacher is not None and teacher > twin and ap > twin:
             parts.append((f"{100 * (ap - twin) / (teacher - twin):.0f} %", "of the gap to the teacher closed"))
     if teacher is not None and "teacher" in run.results:
         sizes = run.results["teacher"].get("parameters"), run.results[run.role].get("parameters")
@@ -212,54 +209,12 @@ def commands(run: Run) -> list[tuple[str, str]]:
 # -- what is drawn -----------------------------------------------------------------------------------------------------
 
 
-def curves(run: Run) -> list[Chart]:
-    """AP against steps and seconds, and the losses."""
-    level = (run.results.get("teacher") or {}).get("validation", {}).get("map")
-    level = None if level is None or math.isnan(level) else 100 * level
-    histories = run.histories
-    ap = "AP on the validation split, by {}"
-    # Without a teacher the loss has one part
-    names = {(run.role, key): f"{run.role}, {text}" for key, text in LOSSES.items()} if _methods(run) else {}
-    return [
-        *charts_of(histories, [Panel(ap.format("step"), _is("eval_map"), factor=100)], level=level),
-        *charts_of(histories, [Panel(ap.format("time"), _is("eval_map"), factor=100)], level=level, x="seconds"),
-        *charts_of(histories, [Panel("Loss in training", _is(*LOSSES))], labels=names),
-        *charts_of(histories, [Panel("Loss on the validation split", _is("eval_loss"))]),
-    ]
-
-
-def _is(*keys: str):
-    return lambda key: key in keys
-
-
-def terms(run: Run) -> dict[str, Any]:
-    """Every distillation term, and its share of the gradient; those that are 0 throughout only by name."""
-    histories = {role: history for role, history in run.histories.items() if role != TWIN}
-    logged = dict.fromkeys(key for history in histories.values() for log in history for key in log)
-    names = [key.removeprefix("kd_") for key in logged if key.startswith("kd_") and key != "kd_scale"]
-    idle = [name for name in names if not any(log.get(f"kd_{name}") for its in histories.values() for log in its)]
-    active = [name for name in names if name not in idle]
-    shares = {f"gradient_share_{name}": name for name in active} | {"gradient_share_kd": "all of distillation"}
-    labels = {(role, key): name for role in histories for key, name in shares.items()}
-    share = Panel("Share of the gradient norm (%)", lambda key: key in shares, factor=100)
-    return {
-        "charts": charts_of(histories, [Panel(name, _is(f"kd_{name}")) for name in active], wide=False),
-        "shares": charts_of(histories, [share], labels=labels),
-        "idle": idle,
-    }
-
-
-def schedule(run: Run) -> list[Chart]:
-    """What changes from step to step besides the weights."""
-    titles = {"learning_rate": "Learning rate", "kd_scale": "Scale of distillation", "grad_norm": "Gradient norm"}
-    return charts_of(run.histories, [Panel(title, _is(key)) for key, title in titles.items()], wide=False)
-
-
 def sheets(run: Run) -> list[tuple[str, str]]:
     """Sheets of detections, the newest first: a caption, and the picture as a data URI."""
     drawn = sorted(run.folder.glob("sheets/step_*.png"), key=lambda file: int(file.stem.split("_")[1]))
-    spread = sorted({round(index * (len(drawn) - 1) / max(SHEETS - 1, 1)) for index in range(SHEETS)}) if drawn else []
-    files = [(f"Step {drawn[i].stem.split('_')[1]}, validation split", drawn[i]) for i in reversed(spread)]
+    number = SHEETS if run.finished else 1
+    chosen = dict.fromkeys(drawn[round(index)] for index in np.linspace(len(drawn) - 1, 0, number)) if drawn else ()
+    files = [(f"Step {file.stem.split('_')[1]}, validation split", file) for file in chosen]
     last = run.folder / "sheet.png"
     if run.finished and last.is_file():
         files.insert(0, (f"At the end, {run.results.get('data', {}).get('test_split', 'test')} split", last))
@@ -273,14 +228,8 @@ def data_uri(file: Path) -> Markup:
         if picture.width > SHEET_WIDTH:
             picture = picture.resize((SHEET_WIDTH, round(picture.height * SHEET_WIDTH / picture.width)))
         encoded = io.BytesIO()
-        picture.save(encoded, "WEBP", quality=SHEET_QUALITY)
+        picture.save(encoded, "WEBP", **WEBP)
     return Markup(f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}")
-
-
-def _methods(run: Run) -> Sequence[str]:
-    named = (run.results.get(run.role) or {}).get("method")
-    names = named.split("+") if named else setting(run.results, "DistillationConfig", "method") or []
-    return [name for name in names if name != "none"]
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

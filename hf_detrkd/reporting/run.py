@@ -41,6 +41,14 @@ class Run:
             return None
         return TWIN if self.results[self.role].get("test") else self.role
 
+    @property
+    def methods(self) -> list[str]:
+        """The names of the distillation methods."""
+        named = self.results[self.role].get("method")
+        config = self.results.get("settings", {}).get("DistillationConfig", {})
+        names = named.split("+") if named else config.get("method", [])
+        return [name for name in names if name != "none"]
+
 
 def read_run(folder: str | Path) -> Run:
     """Reads the folder of `distill` or `finetune`, or of any `DistillationTrainer`, at any time.

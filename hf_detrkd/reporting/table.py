@@ -88,4 +88,6 @@ def points(value: float | None) -> str:
 
 def difference(value: float | None, base: float | None) -> str:
     """``value - base`` in points, with its sign."""
-    return "-" if value is None or base is None or math.isnan(value - base) else f"{100 * (value - base):+.1f}"
+    if value is None or base is None or math.isnan(value - base):
+        return "-"
+    return f"{round(100 * (value - base), 1) + 0.0:+.1f}"  # + 0.0: no -0.0
