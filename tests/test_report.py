@@ -12,9 +12,9 @@ import scenes
 import zoo
 from PIL import Image
 
-from hf_detrkd import DistillationConfig, DistillationTrainer, callbacks
-from hf_detrkd.callbacks import WriteReport
-from hf_detrkd.reporting import report
+from hf_detrkd import DistillationConfig, DistillationTrainer
+from hf_detrkd.reporting import live, report
+from hf_detrkd.reporting.live import WriteReport
 from hf_detrkd.reporting.report import duration, write_report
 from hf_detrkd.reporting.run import read_run
 
@@ -251,13 +251,13 @@ def trainer(folder: Path, *more) -> DistillationTrainer:
 
 def test_it_is_written_at_every_evaluation_of_a_training(tmp_path, monkeypatch):
     steps = []
-    original = callbacks.write_report
+    original = live.write_report
 
     def spy(folder):
         steps.append(json.loads((tmp_path / "trainer_state.json").read_text())["global_step"])
         return original(folder)
 
-    monkeypatch.setattr(callbacks, "write_report", spy)
+    monkeypatch.setattr(live, "write_report", spy)
     run = trainer(tmp_path, WriteReport())
     run.train()
     run.evaluate()  # of a finished training: no news about it
@@ -272,8 +272,8 @@ def test_a_full_disk_stops_no_training(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     warnings = []
-    monkeypatch.setattr(callbacks, "write_report", full)
-    monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
+    monkeypatch.setattr(live, "write_report", full)
+    monkeypatch.setattr(live.logger, "warning", warnings.append)
     run = trainer(tmp_path, WriteReport())
     run.train()
     assert run.state.global_step == 4 and "could not be written: [Errno 28]" in warnings[0]

@@ -25,7 +25,6 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..callbacks import WriteReport
 from ..config import DistillationConfig
 from ..detectors import digest, load_detector
 from ..evaluation.detector import evaluate_detector
@@ -33,6 +32,7 @@ from ..labels import LabelMap
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
+from ..reporting.live import WriteReport
 from ..reporting.report import write_report
 from ..reporting.run import TWIN, UNFINISHED
 from ..reporting.sheet import draw_comparison

@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers import set_seed
 
-from ..callbacks import WriteReport
 from ..config import DistillationConfig
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
+from ..reporting.live import WriteReport
 from ..reporting.report import write_report
 from ..reporting.run import UNFINISHED
 from ..reporting.sheet import draw_comparison

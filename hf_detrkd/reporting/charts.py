@@ -68,7 +68,7 @@ def chart(
         return None
     unit, factor = ("step", 1.0) if x == "step" else _time_unit(series)
     size = (4.6, 2.4) if wide else (3.0, 1.6)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title + x, "font.size": 8}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title + x, "font.size": 8.5}):
         figure = Figure(figsize=size)  # margins by hand: a layout engine would take twice the time
         figure.patch.set_visible(False)
         axes = figure.add_axes(WIDE if wide else NARROW)
@@ -91,14 +91,16 @@ def chart(
         if level is not None:
             axes.axhline(level, color=INK, linestyle=DASHES["teacher"], linewidth=1)
             lines.append(Line("teacher", VARIABLES[INK], _short(level)))
-        _dress(axes, unit, wide)
+        _dress(axes, unit, wide, level)
         figure_text = io.StringIO()
         figure.savefig(figure_text, format="svg", transparent=True, metadata={"Date": None})
     return Chart(panel.title, _for_page(figure_text.getvalue(), panel.title), tuple(lines))
 
 
-def _dress(axes, unit: str, wide: bool) -> None:
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+def _dress(axes, unit: str, wide: bool, level: float | None) -> None:
+    low, high = min(0.0, axes.dataLim.y0), max(axes.dataLim.y1, level or 0.0)
+    axes.set_ylim(low, high + 0.06 * (high - low) or 1.0)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 3, integer=unit == "step"))
     axes.yaxis.set_major_locator(MaxNLocator(5 if wide else 3))
