@@ -40,6 +40,17 @@ class Tables:
     recall: np.ndarray
     """(T, K, 4, 3)."""
 
+    def metrics(self) -> dict[str, Any]:
+        """The means, as `CocoEvaluator.compute` describes them."""
+        precision, recall = self.precision, self.recall
+        metrics = {"map": _mean(precision[..., 0, 2])}
+        metrics |= {"map_50": _mean(precision[0, ..., 0, 2]), "map_75": _mean(precision[5, ..., 0, 2])}
+        metrics |= {f"map_{area}": _mean(precision[..., a, 2]) for a, area in enumerate(AREAS) if area != "all"}
+        metrics |= {f"mar_{most}": _mean(recall[..., 0, m]) for m, most in enumerate((1, 10, MAX_DETECTIONS))}
+        metrics["map_per_class"] = {name: _mean(precision[:, :, k, 0, 2]) for k, name in enumerate(self.class_names)}
+        metrics["mar_100_per_class"] = {name: _mean(recall[:, k, 0, 2]) for k, name in enumerate(self.class_names)}
+        return metrics
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -130,15 +141,7 @@ class CocoEvaluator:
             name of the class. NaN where there is nothing to find, where pycocotools says -1: a class or a size
             without a reference box (crowds aside). Such classes don't take part in the means, as in pycocotools.
         """
-        tables = self.tables()
-        names, precision, recall = tables.class_names, tables.precision, tables.recall
-        metrics = {"map": _mean(precision[..., 0, 2])}
-        metrics |= {"map_50": _mean(precision[0, ..., 0, 2]), "map_75": _mean(precision[5, ..., 0, 2])}
-        metrics |= {f"map_{area}": _mean(precision[..., a, 2]) for a, area in enumerate(AREAS) if area != "all"}
-        metrics |= {f"mar_{most}": _mean(recall[..., 0, m]) for m, most in enumerate((1, 10, MAX_DETECTIONS))}
-        metrics["map_per_class"] = {name: _mean(precision[:, :, k, 0, 2]) for k, name in enumerate(names)}
-        metrics["mar_100_per_class"] = {name: _mean(recall[:, k, 0, 2]) for k, name in enumerate(names)}
-        return metrics
+        return self.tables().metrics()
 
     def tables(self) -> Tables:
         """Of all images added: what `compute` takes the means of."""
