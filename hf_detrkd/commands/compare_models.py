@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     baseline, candidate = check(arguments, list(where))
     data = load_data(data_arguments, seed=42)
     dataset: DetectionDataset = getattr(data, arguments.split)
+    if not any(objects_by_class(dataset).values()):
+        raise ValueError(f"The split {arguments.split} of {data_arguments.dataset_name} has no object: there is no AP.")
     header = {
         "command": shlex.join(["hf-detrkd", "compare-models", *words]),
         "dataset": data_arguments.dataset_name,

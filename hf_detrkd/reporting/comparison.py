@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ PICTURES = {
     "precision_recall_classes.png": "Precision against recall by class",
     "gains.png": "Gains over the baseline by size and class",
     "latency.png": "Latency and AP",
-    "differences.png": "Images in which the two models differ most in their errors",
+    "differences.png": "Images in which baseline and candidate differ most in their errors: first fewer, then more",
 }
 """By file name, in the order of the page."""
 
@@ -83,11 +84,12 @@ def plot_gains(results: Mapping[str, Any], path: str | Path, classes: Sequence[s
             axes.plot([100 * gain["low"], 100 * gain["high"]], [places[0]] * 2, color="black", linewidth=1.6)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(
-        title=f"AP gain over {results['baseline']} (points); the line is the 95 % interval over images",
+        title=f"AP gain over {results['baseline']}" + "; line: 95 % interval over images" * bool(results["resamples"]),
         yticks=range(len(lines)),
         yticklabels=[label for label, *_ in lines],
         ylim=(len(lines) - 0.5, -0.5),
     )
+    axes.set_xlabel("AP points")
     axes.title.set_size(10)
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize="small")
@@ -95,25 +97,27 @@ def plot_gains(results: Mapping[str, Any], path: str | Path, classes: Sequence[s
 
 
 def plot_latency(results: Mapping[str, Any], path: str | Path) -> None:
-    """Writes a PNG: AP against the median latency of the model alone, up to the 95th percentile; the area of a circle goes by the
-    parameters."""
+    """Writes a PNG: AP against the median latency of the model alone, a line to the 95th percentile; the area of a circle goes by
+    the parameters."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
     most = max(model["parameters"] for model in results["models"].values())
     for index, (name, model) in enumerate(results["models"].items()):
         color = PALETTE[index % len(PALETTE)]
         median, p95 = (1000 * model["latency"][key] for key in ("median", "p95"))
-        value = 100 * model["metrics"]["map"]
+        value, parameters = 100 * model["metrics"]["map"], model["parameters"]
         axes.plot([median, p95], [value, value], color=color, linewidth=1.4)
-        axes.scatter([median], [value], s=40 + 360 * model["parameters"] / most, color=color, alpha=0.75)
-        text = f"{name}, {model['parameters'] / 1e6:.2f} M"
-        axes.annotate(text, (median, value), xytext=(0, 13), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_xlim(left=0)
+        label = f"{name}: AP {value:.1f}, {median:.1f} ms, {parameters / 1e6:.2f} M parameters"
+        axes.scatter([median], [value], s=40 + 360 * parameters / most, color=color, alpha=0.75, label=label)
     axes.margins(x=0.15, y=0.2)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.set(xlabel="latency of one image, model alone (ms): median, line to the 95th percentile", ylabel="AP (points)")
-    axes.set_title(environment_line(results), fontsize=8, wrap=True)
+    axes.set_title("\n".join(wrap(environment_line(results), 110)), fontsize=8)
     axes.grid(alpha=0.3)
+    legend = figure.legend(loc="outside lower center", fontsize="small")
+    for handle in legend.legend_handles:
+        handle.set_sizes([60])
     _save(figure, path)
 
 
@@ -167,7 +171,8 @@ def page(results: Mapping[str, Any], cost: str, pictures: Sequence[str]) -> str:
         "## Boxes",
         f"Matched as in COCO at IoU 0.5, class by class; {chosen}.",
         count_table(results, markdown=True),
-        *(f"## {PICTURES[name]}\n\n![{name}]({name})" for name in PICTURES if name in pictures),
+        "## Pictures",
+        *(f"{PICTURES[name]}:\n\n![{name}]({name})" for name in PICTURES if name in pictures),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -70,16 +70,16 @@ def plot_class_curves(tables: Mapping[str, Tables], path: str | Path, objects: M
             axes.plot(RECALLS, of_model[class_name], label=f"{name}, IoU {iou:g}", linewidth=1.3, **style)
         axes.set_title(f"{class_name} ({objects[class_name]} objects)", fontsize=9)
         _frame(axes)
+    for axes in panels[max(0, len(shown) - columns) : len(shown)]:
+        axes.tick_params(labelbottom=True)  # the last panel of each column, also above an empty place
     figure.supxlabel("recall", fontsize=9)
     figure.supylabel("precision", fontsize=9)
     if shown:
         handles, labels = panels[0].get_legend_handles_labels()
-        _legend(figure, handles, labels, columns)
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * columns), fontsize="small"
+        )
     _save(figure, path)
-
-
-def _legend(figure: Figure, handles: Sequence, labels: Sequence[str], columns: int) -> None:
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * columns), fontsize="small")
 
 
 def _color(index: int) -> str:

@@ -26,7 +26,7 @@ PANEL_INCHES, DPI = 3.6, 120  # panels are 432 pixels wide
 
 @dataclass(frozen=True)
 class Kind:
-    """How a box of one kind is drawn; kinds differ in colour and, for misses and crowds, in line style."""
+    """How a box of one kind is drawn; kinds differ in colour and, but for objects and hits, in line style."""
 
     label: str
     color: str
@@ -39,7 +39,7 @@ KINDS = {
     "object": Kind("object", "#0072B2"),
     "crowd": Kind("crowd region (not counted)", "#999999", ":"),
     "hit": Kind("hit: right class, IoU of 0.5 or more", "#009E73"),
-    "false": Kind("false detection", "#D55E00"),
+    "false": Kind("false detection", "#D55E00", "-."),
     "missed": Kind("missed object", "#F0E442", "--", "black"),
 }
 
