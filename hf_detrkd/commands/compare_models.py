@@ -170,8 +170,10 @@ def compare(
     results["gains"] = gains(results, evaluators, arguments.resamples)
     output = Path(arguments.output_dir)
     pictures = draw(results, tables, output)
-    if draw_differences(results, dataset, scenes, counts, output / "differences.png", arguments.sheet_images):
-        pictures.append("differences.png")
+    path = output / "differences.png"
+    results["differences"] = draw_differences(results, dataset, scenes, counts, path, arguments.sheet_images)
+    if results["differences"]:
+        pictures.append(path.name)
     write_json(results, output / "comparison.json")
     (output / "comparison.md").write_text(comparison.page(results, cost_table(costs, markdown=True), pictures))
     print(f"\n{comparison.text(results, cost_table(costs))}")
@@ -265,19 +267,25 @@ def draw_differences(
     counts: Mapping[str, Sequence[Counts]],
     path: Path,
     number: int,
-) -> bool:
-    """Writes the sheet of the images in which baseline and candidate differ most; False where they differ in none."""
+) -> list[dict[str, Any]]:
+    """Writes the sheet of the images in which baseline and candidate differ most, if they differ in any.
+
+    Returns:
+        per image on it ``image_id`` and, by model, ``counts``.
+    """
     baseline, candidate = results["baseline"], results["candidate"]
-    rows = []
+    rows, chosen = [], []
     for index in most_different(counts[baseline], counts[candidate], number):
         item = dataset[index]
-        text = caption(baseline, counts[baseline][index], candidate, counts[candidate][index])
-        text = f"image {int(item['target']['image_id'])}\n{text}"
+        of_models = {name: of_images[index] for name, of_images in counts.items()}
+        image_id = int(item["target"]["image_id"])
+        chosen.append({"image_id": image_id, "counts": {name: asdict(one) for name, one in of_models.items()}})
+        text = f"image {image_id}\n{caption(baseline, of_models[baseline], candidate, of_models[candidate])}"
         rows.append(SheetRow(**vars(scenes[index]), image=item["image"], caption=text))
     if rows:
         thresholds = {name: model["score_from"] for name, model in results["models"].items()}
         draw_sheet(rows, path, class_names=dataset.id2label, threshold=thresholds)
-    return bool(rows)
+    return chosen
 
 
 if __name__ == "__main__":
