@@ -10,13 +10,17 @@ from pathlib import Path
 
 import documents
 import pytest
+import test_families
+import test_methods
+import zoo
 from documents import PAGES, ROOT, Block, blocks, commands, of_package
+
+from hf_detrkd.progress import log_line
 
 FOLLOWED = [
     "docs/quickstart.md",
     "docs/data.md",
     "docs/choosing.md",
-    "docs/extending.md",
     pytest.param("README.md", marks=pytest.mark.slow),  # much of it is in the quick start too
 ]
 """Pages that are followed from top to bottom, commands and Python alike, in a folder that has what they call by name."""
@@ -128,16 +132,39 @@ def test_what_is_not_run_here_is_there():
 
 
 @pytest.mark.parametrize("page", FOLLOWED)
-def test_following_a_page(page, workspace, capsys):
-    """All of its commands and examples, in their order, in one folder."""
-    names: dict = {"__name__": "__main__"}
+def test_following_a_page(page, workspace):
     with documents.tables_restored():
-        for block in blocks(ROOT / page, "bash", "python"):
-            if block.language == "bash":
-                for words in commands(block):
-                    run(words, block)
-            else:
-                run_python(block, names)
+        follow(page)
+
+
+def test_extending(workspace, monkeypatch):
+    """The page's method and family, and the contracts they are said to keep."""
+    monkeypatch.setitem(test_methods.ZERO, "centres", {"class", "centre", "state"})
+    with documents.tables_restored():
+        follow("docs/extending.md")
+        zoo.CONFIGS["my_detr"] = ("my_detr", zoo.CONFIGS["detr"][1])
+        for mode in test_families.MODES:
+            test_families.test_forward_leaves_output_and_model_as_they_are("my_detr", mode)
+            test_families.test_last_layer_is_the_models_output("my_detr", mode)
+            test_families.test_shapes_are_what_the_adapter_says("my_detr", mode)
+            test_families.test_replaying_own_queries_gives_every_layer("my_detr", mode)
+            test_families.test_groups_do_not_see_each_other("my_detr", mode)
+        pair = ("my_detr", "conditional_detr", {}, {"decoder_layers": 2})
+        test_methods.test_step("centres", pair)
+        test_methods.test_batch_doubling_changes_nothing("centres", pair)
+        test_methods.test_identical_student("centres", "my_detr")
+        test_methods.test_images_without_targets("centres", "my_detr", (3, 0))
+
+
+def follow(page: str) -> None:
+    """All of a page's commands and examples, in their order."""
+    names: dict = {"__name__": "__main__"}
+    for block in blocks(ROOT / page, "bash", "python"):
+        if block.language == "bash":
+            for words in commands(block):
+                run(words, block)
+        else:
+            run_python(block, names)
 
 
 def run(words: list[str], block: Block) -> None:
@@ -179,6 +206,15 @@ def test_the_index_has_every_page():
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in documents.links(index)}
     missing = [page.name for page in PAGES if page.parent == index.parent and page not in linked | {index}]
     assert not missing
+
+
+def test_the_log_line_is_the_trainers():
+    """The one in docs/choosing.md."""
+    logs = {"loss": 1.0, "detection_loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4, "gradient_share_kd": 0.3}
+    logs |= {"kd_scale": 1.0, "kd_specific_class": 1.0, "kd_specific_l1": 1.0}
+    (block,) = blocks(ROOT / "docs" / "choosing.md", "text")
+    pattern = re.escape(block.text.strip()).replace(re.escape("..."), r"[\d.e-]+")
+    assert re.fullmatch(pattern, log_line(logs, 50, 1000))
 
 
 def test_the_checks_of_data_are_the_codes():
