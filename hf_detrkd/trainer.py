@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections import defaultdict
@@ -28,6 +29,7 @@ from .progress import DistillationPrinter, DistillationProgress
 from .publishing import open_repository, push_folder, repository_of
 from .reporting.card import write_card
 from .reporting.versions import versions
+from .sharding import shard_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -145,6 +147,9 @@ class DistillationTrainer(Trainer):
             self.add_callback(_UpdateAverage(self.ema))
         self._window: dict[str, list[Tensor]] = defaultdict(list)
         if self.teacher is not None:
+            self.teacher_digest = digest(self.teacher)  # while this process has all of it
+            if args.shard_teacher:
+                shard_teacher(self.teacher_adapter, args.device)
             self.teacher.to(self.args.device)
             if self.is_world_process_zero():
                 logger.warning(self.label_map.table())
@@ -172,6 +177,8 @@ class DistillationTrainer(Trainer):
             if args.teacher_model_revision is not None:
                 options["revision"] = args.teacher_model_revision
             teacher = load_detector(teacher, **options)
+        elif args.shard_teacher:
+            teacher = copy.deepcopy(teacher)  # the one that was given stays whole
         return load_detector(teacher).eval().requires_grad_(False)
 
     def _teacher_view(self, inputs: dict[str, Any], attentions: bool):
@@ -309,7 +316,7 @@ class DistillationTrainer(Trainer):
         wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state: dict[str, Any] = {"methods": wrapper.methods.state_dict()}
         if self.teacher is not None:
-            state["teacher"] = {"digest": digest(self.teacher), "name_or_path": self.teacher.name_or_path}
+            state["teacher"] = {"digest": self.teacher_digest, "name_or_path": self.teacher.name_or_path}
         with ExitStack() as stack:
             if self.ema is not None:
                 raw = {name: value.detach().clone() for name, value in wrapper.student.state_dict().items()}
@@ -342,7 +349,7 @@ class DistillationTrainer(Trainer):
                 f"{resume_from_checkpoint} was written {'without' if recorded is None else 'with'} a teacher. "
                 "Resume with the method of the first run."
             )
-        if recorded is not None and recorded["digest"] != digest(self.teacher):
+        if recorded is not None and recorded["digest"] != self.teacher_digest:
             raise ValueError(
                 f"The teacher's weights are not those of the run that wrote {resume_from_checkpoint} "
                 f"(teacher {recorded['name_or_path']!r}). Resume with that teacher, or start a new run."

@@ -166,6 +166,8 @@ def distill(
         for split, metrics in (("validation", "validation"), (data.test_split, "test")):
             if results["teacher"][metrics]:
                 say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
+        if args.shard_teacher:
+            teacher.to("cpu")  # the trainer shards a copy; the device has no room for a whole one beside it
     recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
     if extra.only_teacher:
         results |= recorded
@@ -233,7 +235,7 @@ def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[
                 getattr(run.data, split),
                 batch_size=args.per_device_eval_batch_size,
                 num_workers=args.dataloader_num_workers,
-                mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+                mixed_precision=args.mixed_precision,
             )
     return row
 
