@@ -312,6 +312,8 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The plain student (its moving average where there is one), and beside it what a resume needs."""
+        if not self.args.should_save:  # transformers 5.24 comes here on every process
+            return
         output_dir = output_dir or self.args.output_dir
         wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state: dict[str, Any] = {"methods": wrapper.methods.state_dict()}
