@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import sharding_table
 import torch
 import zoo
 from launching import finish, torchrun
@@ -107,14 +108,27 @@ def test_another_teacher_is_refused_on_resume(trained):
     assert "teacher's weights are not those" in trained["refusal"]
 
 
-def test_whose_loss_is_that_of_one_large_batch(trained):
-    """docs/scaling.md names the families whose loss divides by the boxes of its own process."""
-    unlike = {name for name, (one, two) in trained["losses"].items() if abs(one - two) > 1e-4 * abs(one)}
-    assert unlike == {"rt_detr", "rt_detr_v2", "d_fine", "deimv2"} & set(zoo.NAMES)
-    [line] = [
-        line for line in (ROOT / "docs" / "scaling.md").read_text().splitlines() if "boxes of its own process" in line
-    ]
-    assert set(re.findall(r"`(\w+)`", line)) == {"rt_detr", "rt_detr_v2", "d_fine", "deimv2"}
+@pytest.mark.parametrize(
+    ("families", "words"),
+    [
+        ({"conditional_detr", "deformable_detr", "dab-detr", "lw_detr", "rf_detr"}, "the same:"),
+        ({"detr", "table-transformer", "yolos"}, "weighted mean over the queries of its own process:"),
+        ({"rt_detr", "rt_detr_v2", "d_fine", "deimv2"}, "divided by the boxes of its own process:"),
+    ],
+)
+def test_whose_loss_is_that_of_one_large_batch(trained, families, words):
+    """Each group as docs/scaling.md has it."""
+    losses = {name: pair for name, pair in trained["losses"].items() if zoo.CONFIGS[name][0] in families}
+    assert losses
+    for name, (one, two) in losses.items():
+        assert (abs(one - two) < 1e-5 * abs(one)) == (words == "the same:"), name
+    [line] = [line for line in (ROOT / "docs" / "scaling.md").read_text().splitlines() if words in line]
+    assert set(re.findall(r"`([\w-]+)`", line)) == families
+
+
+def test_shares_of_real_teachers():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert sharding_table.table() in text, "python tests/sharding_table.py"
 
 
 def test_one_process_needs_all_of_it():
