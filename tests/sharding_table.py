@@ -56,5 +56,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    text = re.sub(r"(?m)^\\| teacher .*\n(\\|.*\n)+", table() + "\n", DOCUMENT.read_text())
+    text = re.sub(r"(?m)^\| teacher .*\n(?:\|.*\n)+", table() + "\n", DOCUMENT.read_text())
     DOCUMENT.write_text(text)
