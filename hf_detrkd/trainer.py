@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -30,6 +31,7 @@ from .progress import DistillationPrinter, DistillationProgress
 from .publishing_trainer import PublishingTrainer
 from .reporting.card import write_card
 from .reporting.versions import versions
+from .sharding import shard_teacher
 from .sheets import DrawSheets
 
 logger = logging.get_logger(__name__)
@@ -149,7 +151,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         self._parts = LossParts()
         self.teacher_digest = None
         if self.teacher is not None:
-            self.teacher_digest = digest(self.teacher)
+            self.teacher_digest = digest(self.teacher)  # while this process has all of it
+            if args.shard_teacher:
+                shard_teacher(self.teacher_adapter, args.device)
             self.teacher.to(self.args.device)
             if self.is_world_process_zero():
                 logger.warning(self.label_map.table())
@@ -180,6 +184,8 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             if args.teacher_model_revision is not None:
                 options["revision"] = args.teacher_model_revision
             teacher = load_detector(teacher, **options)
+        elif args.shard_teacher:
+            teacher = copy.deepcopy(teacher)  # the one that was given stays whole
         return load_detector(teacher).eval().requires_grad_(False)
 
     def _teacher_view(self, inputs: dict[str, Any], attentions: bool):
@@ -283,6 +289,8 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The plain student (its moving average where there is one), and beside it what a resume needs."""
+        if not self.args.should_save:  # transformers 5.24 comes here on every process
+            return
         output_dir = output_dir or self.args.output_dir
         wrapper = self._wrapper()
         state = training_state(wrapper, self.ema, self.teacher, self.teacher_digest)

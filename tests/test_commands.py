@@ -18,7 +18,7 @@ from transformers import AutoModelForObjectDetection
 
 from hf_detrkd import DetectionDataset
 from hf_detrkd.commands import distill, evaluate, finetune, summarize
-from hf_detrkd.commands.distill import checkpoint_to_resume, last_complete_checkpoint
+from hf_detrkd.commands.distill import checkpoint_to_resume, found_by_all, last_complete_checkpoint
 
 SHAPES = f"shapes:train=8,validation=3,test=3,size={zoo.SIZE}"
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -169,6 +169,15 @@ def test_resume_choices(tmp_path):
     assert checkpoint_to_resume("false", tmp_path) is None
     with pytest.raises(ValueError, match="earlier run"):
         checkpoint_to_resume(None, tmp_path)
+
+
+def test_processes_resume_from_the_same_step(monkeypatch):
+    assert found_by_all("a/checkpoint-2") == "a/checkpoint-2" and found_by_all(None) is None
+    monkeypatch.setattr(distill, "gather_object", lambda own: [*own, "b/checkpoint-2"])
+    assert found_by_all("a/checkpoint-2") == "a/checkpoint-2"
+    for own in (None, "a/checkpoint-4"):
+        with pytest.raises(ValueError, match=f"different checkpoints.*{own}, b/checkpoint-2.*--save_on_each_node"):
+            found_by_all(own)
 
 
 def test_killed_run_resumes_to_the_same_parameters(tmp_path):

@@ -302,6 +302,14 @@ def test_a_checkpoint_is_the_plain_student_and_its_average(tmp_path):
     assert config["architectures"] == ["RTDetrForObjectDetection"]
 
 
+def test_one_process_of_several_saves(tmp_path, monkeypatch):
+    """transformers calls `_save` on every process (5.24), whose files would be written over each other."""
+    run = trainer(tmp_path)
+    monkeypatch.setattr(type(run.args), "should_save", False)
+    run.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
 def test_another_teacher_is_refused_on_resume(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, **settings).train()

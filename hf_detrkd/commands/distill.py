@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -167,7 +168,7 @@ def distill(
     """Student, and where asked for its twin, from flags to ``results.json``, curves and an image sheet."""
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
-    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
     name_run(args)
     if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
         # A wrong token or name shows before hours of training
@@ -182,6 +183,8 @@ def distill(
         for split, metrics in (("validation", "validation"), (data.test_split, "test")):
             if results["teacher"][metrics]:
                 say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
+        if args.shard_teacher:
+            teacher.to("cpu")  # the trainer shards a copy; the device has no room for a whole one beside it
     recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
     if extra.only_teacher:
         results |= recorded
@@ -257,7 +260,7 @@ def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[
                 getattr(run.data, split),
                 batch_size=args.per_device_eval_batch_size,
                 num_workers=args.dataloader_num_workers,
-                mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+                mixed_precision=args.mixed_precision,
             )
     return row
 
@@ -328,7 +331,7 @@ def twin_of(args: DistillationConfig) -> DistillationConfig:
     name_run(twin, args.run_name)
     twin.push_to_hub = False
     if args.resume_from_checkpoint is not None:
-        twin.resume_from_checkpoint = last_complete_checkpoint(Path(twin.output_dir))
+        twin.resume_from_checkpoint = found_by_all(last_complete_checkpoint(Path(twin.output_dir)))
     return twin
 
 
@@ -349,6 +352,21 @@ def checkpoint_to_resume(wish: str | None, output: Path) -> str | None:
             )
         return None
     return last if str(wish).lower() == "true" else str(wish)
+
+
+def found_by_all(checkpoint: str | None) -> str | None:
+    """The checkpoint, if every process has found one of the same step.
+
+    Raises:
+        ValueError: machines that share no disk would go on from different steps.
+    """
+    found = gather_object([checkpoint])
+    if len({path and Path(path).name for path in found}) > 1:
+        raise ValueError(
+            f"The processes have found different checkpoints to resume from: {', '.join(map(str, found))}. Put --output_dir "
+            "on a disk that all machines share, or let each machine write its own (--save_on_each_node true)."
+        )
+    return checkpoint
 
 
 def last_complete_checkpoint(output: Path) -> str | None:

@@ -26,7 +26,7 @@ from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
 from ..reporting.writing import Reports
 from .arguments import DataArguments, ModelArguments, parse
-from .distill import checkpoint_to_resume, origins, train
+from .distill import checkpoint_to_resume, found_by_all, origins, train
 from .records import data_of, forget_earlier, name_run, settings, versions, write_unfinished
 from .setup import augment, build_detector, build_image_processor, load_data, write_json
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_arguments, data_arguments, args = parse((ModelArguments, DataArguments, FinetuneConfig), argv, __doc__)
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
-    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
     name_run(args)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)

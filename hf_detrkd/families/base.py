@@ -177,6 +177,12 @@ class FamilyAdapter:
         """The module whose output is the backbone's feature maps."""
         return self.base.backbone
 
+    @property
+    def before_decoder(self) -> tuple[nn.Module, ...]:
+        """The modules that run once per batch whatever is replayed: the backbone, and the encoder where there is one."""
+        encoder = dict(self.base.named_children()).get("encoder")
+        return (self.feature_module,) if encoder is None else (self.feature_module, encoder)
+
     def feature_maps(self, output) -> tuple[Tensor, ...]:
         """The maps (B, C, h, w) in the output of `feature_module`."""
         return tuple(feature for feature, _ in output)
@@ -307,13 +313,12 @@ class FamilyAdapter:
         return call.predictions[1:]
 
     def compile(self) -> None:
-        """torch.compile of what comes before the decoder: the backbone, and the encoder where the family has one.
+        """torch.compile of what comes before the decoder.
 
         Compiling the decoder or the whole model breaks into dozens of graphs at matching and denoising.
         """
-        self.feature_module.compile()
-        if "encoder" in dict(self.base.named_children()):
-            self.base.encoder.compile()
+        for module in self.before_decoder:
+            module.compile()
 
     def close(self) -> None:
         """Forgets the batch. Between calls the adapter leaves nothing in the model, so there is no more to undo."""
