@@ -94,6 +94,14 @@ class DistillationConfig(TrainingArguments):
             "needed. On one process: no effect."
         },
     )
+    sheet_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Draw what teacher and student find in a few images of the validation split every so many steps, into "
+            "`sheets/` and to the trackers of `report_to`; 0: never."
+        },
+    )
+    sheet_images: int = field(default=8, metadata={"help": "Images on a sheet of detections; 0: no sheets."})
     compile_models: bool = field(
         default=False,
         metadata={"help": "torch.compile the backbones and encoders of student and teacher (not the decoders)."},
@@ -143,7 +151,7 @@ class DistillationConfig(TrainingArguments):
             )
             self.shard_teacher = False
         factors, steps = ("detection_weight", "kd_weight", "backbone_lr_factor"), ("kd_warmup_steps", "kd_stop")
-        for name in (*factors, *steps, "gradient_share_steps"):
+        for name in (*factors, *steps, "gradient_share_steps", "sheet_steps", "sheet_images"):
             value = getattr(self, name)
             if not value >= 0:  # NaN neither
                 raise ValueError(f"`{name}` is {value}; it must be 0 or more.")

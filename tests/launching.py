@@ -26,7 +26,11 @@ def torchrun(processes: int, script: Path, *arguments: str) -> list[str]:
 
 def finish(*commands: list[str], timeout: float = 240) -> list[str]:
     """Runs commands side by side to their ends, which have to be good; what each of them printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent)])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent)]),
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen(command, env=environment, start_new_session=True, **pipes) for command in commands]
     try:

@@ -27,6 +27,8 @@ def run(folder, processes: int, method: str, student: str, teacher: str, batch: 
 def test_two_processes_train_and_evaluate_as_one(tmp_path, method, student, teacher):
     one, one_weights = run(tmp_path / "one", 1, method, student, teacher, batch=4)
     two, two_weights = run(tmp_path / "two", 2, method, student, teacher, batch=2)
+    for folder in ("one", "two"):  # drawn by process zero alone, of models that all processes hold
+        assert [file.name for file in (tmp_path / folder / "sheets").iterdir()] == ["step_2.png"]
     numbers = [7, 7, 5]  # of images, on the first evaluation and on later ones; none of them even
     for first, second, number in zip(one["evaluations"], two["evaluations"], numbers, strict=True):
         assert first["eval_images"] == second["eval_images"] == list(range(number))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hf_detrkd.reporting.curves import PANELS, plot_curves, series_of
 from hf_detrkd.reporting.sheet import KINDS, SheetRow, best_threshold, classify, draw_comparison, draw_sheet
-from hf_detrkd.reporting.table import class_table, comparison_table, text_table
+from hf_detrkd.reporting.table import class_table, comparison_table, difference, text_table
 
 RESULTS = {
     "teacher": {"map": 0.4, "map_50": 0.6, "map_small": math.nan, "mar_100": 0.5},
@@ -32,6 +32,10 @@ class TestTables:
             "student         25.0  28.0  10.0    -    -    -   20.0",
             "student - twin  +9.9  -2.0     -    -    -    -   +0.0",
         ]
+
+    def test_no_gain_has_no_minus(self):
+        assert difference(0.1, 0.1001) == difference(0.1001, 0.1) == "+0.0"
+        assert difference(0.1, 0.101) == "-0.1"
 
     def test_without_a_twin_there_is_no_gain(self):
         assert len(comparison_table({"model": {"map": 0.5}}).splitlines()) == 3

@@ -16,8 +16,9 @@ from scenes import Scenes, processor
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
 from hf_detrkd import DistillationConfig, DistillationModel, DistillationTrainer
+from hf_detrkd.checkpoints import STATE_NAME
 from hf_detrkd.data import DetectionCollator
-from hf_detrkd.trainer import STATE_NAME, digest
+from hf_detrkd.detectors import digest
 
 KD_DETR = {"general_points": 4}
 

@@ -23,21 +23,37 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
+from ..detectors import digest, load_detector
 from ..evaluation.detector import evaluate_detector
+from ..labels import LabelMap
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
+from ..reporting.live import WriteReport
+from ..reporting.report import write_report
+from ..reporting.run import TWIN, UNFINISHED
 from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
 from ..reporting.writing import Reports, saving_weights
 from ..students import inherit, make_student
-from ..trainer import DistillationTrainer, digest, load_detector
+from ..trainer import DistillationTrainer
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
-from .records import StepClock, data_of, mean_shares, origin, peak_memory, settings, versions
+from .records import (
+    StepClock,
+    data_of,
+    forget_earlier,
+    mean_shares,
+    name_run,
+    origin,
+    peak_memory,
+    settings,
+    versions,
+    write_unfinished,
+)
 from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
 
 
@@ -58,7 +74,6 @@ class DistillArguments(StudentArguments):
     )
     evaluate_teacher: bool = field(default=True, metadata={"help": "Measure the teacher too."})
     only_teacher: bool = field(default=False, metadata={"help": "Measure the teacher, and train nothing."})
-    sheet_images: int = field(default=8, metadata={"help": "Images on the sheet of detections; 0: no sheet."})
     license: str | None = field(
         default=None, metadata={"help": "The student's license for its model card, such as apache-2.0."}
     )
@@ -154,6 +169,7 @@ def distill(
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
     args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
+    name_run(args)
     if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
         # A wrong token or name shows before hours of training
         args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
@@ -177,35 +193,43 @@ def distill(
         return results
 
     distilled = args.method != ["none"]
+    if distilled:
+        results["label_map"] = LabelMap.between(teacher.config.id2label, run.student.config.id2label).rows()
+    results |= recorded
     runs = {"student": (run.student, args, teacher if distilled else None)}
     if extra.with_twin and distilled:
         runs["twin"] = (run.build(), twin_of(args), None)
     histories, models = {}, {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
     reports = Reports()
+    forget_earlier(args)
     for role, (model, arguments, its_teacher) in runs.items():
+        with reports.writing(UNFINISHED):
+            write_unfinished({"student": None, **results}, args)
         say(f"\n{role}: {model.num_parameters() / 1e6:.2f} M parameters, method {'+'.join(arguments.method)}")
         results[role], histories[role] = train(
-            model, arguments, data, processor, its_teacher, run.teacher_processor, reports
+            model, arguments, data, processor, its_teacher, run.teacher_processor, reports, WriteReport(output)
         )
         models[role] = (model, processor)
 
-    results |= recorded
     if args.should_save:
         with reports.writing("results.json"):
             write_json(results, output / "results.json")
+            (output / UNFINISHED).unlink(missing_ok=True)
         with reports.writing("curves.png"):
             plot_curves(histories, output / "curves.png")
-        if extra.sheet_images:
+        if args.sheet_images:
             with reports.writing("sheet.png"):
-                draw_comparison(models, data.test, output / "sheet.png", number=extra.sheet_images)
+                draw_comparison(models, data.test, output / "sheet.png", number=args.sheet_images)
+        with reports.writing("report.html"):
+            write_report(output)
         with reports.writing("README.md"):
             write_card(output, results)
         table = comparison_table(
             {role: results[role]["test"] for role in ("teacher", "twin", "student") if results.get(role)}
         )
         say(
-            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, "
-            "sheet.png, README.md"
+            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, report.html, "
+            "curves.png, sheet.png, README.md"
         )
         finish(reports, results, args, say)
     return results
@@ -242,7 +266,14 @@ def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[
 
 
 def train(
-    model, args: DistillationConfig, data: Data, processor, teacher, teacher_processor, reports: Reports
+    model,
+    args: DistillationConfig,
+    data: Data,
+    processor,
+    teacher,
+    teacher_processor,
+    reports: Reports,
+    *callbacks: TrainerCallback,
 ) -> tuple[dict, list]:
     """Trains one detector and evaluates it on the validation and test splits.
 
@@ -260,7 +291,7 @@ def train(
         eval_dataset=data.validation,
         processing_class=processor,
         teacher_processing_class=teacher_processor,
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
     )
     start = time.perf_counter()
     with saving_weights(args.output_dir, lambda: last_complete_checkpoint(Path(args.output_dir))):
@@ -296,7 +327,8 @@ def twin_of(args: DistillationConfig) -> DistillationConfig:
     """The same settings without a teacher, in the folder ``twin`` of the output folder."""
     twin = copy.deepcopy(args)
     twin.method, twin.method_config, twin.teacher_model_name_or_path = ["none"], None, None
-    twin.output_dir = str(Path(args.output_dir) / "twin")
+    twin.output_dir = str(Path(args.output_dir) / TWIN)
+    name_run(twin, args.run_name)
     twin.push_to_hub = False
     if args.resume_from_checkpoint is not None:
         twin.resume_from_checkpoint = found_by_all(last_complete_checkpoint(Path(twin.output_dir)))

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data import DetectionDataset
+from ..detectors import load_detector
 from ..export import OnnxDetector, export_onnx, measure, torch_detector
 from ..reporting.table import comparison_table
-from ..trainer import load_detector
 from .arguments import DataArguments, ModelArguments, parse
 from .setup import build_image_processor, load_data, write_json
 

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..detectors import load_detector
 from ..evaluation.cost import environment, flops, latencies
 from ..reporting.table import text_table
 from ..students import make_student
-from ..trainer import load_detector
 from .arguments import StudentArguments, parse
 from .setup import write_json
 

@@ -80,23 +80,52 @@ def draw_comparison(
     Raises:
         ValueError: if there is no image or no model to draw.
     """
+    items = spread(dataset, number)
+    found = {title: find(items, model, processor, dataset.id2label) for title, (model, processor) in models.items()}
+    draw_sheet(sheet_rows(items, found), path, class_names=dataset.id2label, threshold=threshold)
+
+
+def spread(dataset, number: int) -> list[dict]:
+    """So many items of a data set, spread evenly over it: the same ones every time."""
     number = min(number, len(dataset))
-    chosen = [round(index) for index in np.linspace(0, len(dataset) - 1, number)]
-    items = [dataset[index] for index in chosen]
-    found = {
-        title: _detections(model, processor, items, dataset.id2label) for title, (model, processor) in models.items()
-    }
-    rows = [
+    return [dataset[round(index)] for index in np.linspace(0, len(dataset) - 1, number)]
+
+
+def find(
+    items: Sequence[Mapping],
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    id2label: Mapping[int, str],
+) -> list[dict[str, torch.Tensor]]:
+    """All detections in the items, with the data set's labels, on the CPU. The model is left in the mode it was in."""
+    batch = DetectionCollator(image_processor)(items)
+    targets = batch.pop("labels")
+    pixels = {name: value.to(model.device) for name, value in batch.items()}
+    targets = [{name: value.to(model.device) for name, value in target.items()} for target in targets]
+    was_training = model.training
+    with torch.no_grad():
+        found = detect(model.eval(), image_processor, pixels, targets, label_lookup(model, id2label).to(model.device))
+    model.train(was_training)
+    return [{name: value.cpu() for name, value in detections.items()} for detections in found]
+
+
+def sheet_rows(items: Sequence[Mapping], found: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> list[SheetRow]:
+    """The rows of a sheet.
+
+    Args:
+        items: of a `DetectionDataset`.
+        found: by title of the column, what `find` returns for these items.
+    """
+    return [
         SheetRow(
             image=item["image"],
             boxes=item["target"]["boxes"],
             labels=item["target"]["labels"],
             crowd=item["target"]["iscrowd"].bool(),
-            detections={title: found[title][row] for title in models},
+            detections={title: detections[row] for title, detections in found.items()},
         )
         for row, item in enumerate(items)
     ]
-    draw_sheet(rows, path, class_names=dataset.id2label, threshold=threshold)
 
 
 def draw_sheet(
@@ -186,19 +215,6 @@ def best_threshold(rows: Sequence[SheetRow], title: str, outcomes: Sequence[Outc
     objects = sum(int((~row.crowd).sum()) for row in rows)
     f1 = 2 * hits / (np.arange(1, len(hits) + 1) + objects)
     return float(scores[order][f1.argmax()])
-
-
-def _detections(model, image_processor, items, id2label) -> list[dict[str, torch.Tensor]]:
-    """All detections of the items, in the data set's labels, on the CPU."""
-    batch = DetectionCollator(image_processor)(items)
-    targets = batch.pop("labels")
-    pixels = {name: value.to(model.device) for name, value in batch.items()}
-    targets = [{name: value.to(model.device) for name, value in target.items()} for target in targets]
-    was_training = model.training
-    with torch.no_grad():
-        found = detect(model.eval(), image_processor, pixels, targets, label_lookup(model, id2label).to(model.device))
-    model.train(was_training)
-    return [{name: value.cpu() for name, value in detections.items()} for detections in found]
 
 
 def _share_inside(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
