@@ -87,6 +87,13 @@ class DistillationConfig(TrainingArguments):
             "many; costs one backward pass per term; 0: never."
         },
     )
+    shard_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Every process keeps its share of the teacher's backbone and encoder, and gets the rest when it is "
+            "needed. On one process: no effect."
+        },
+    )
     sheet_steps: int = field(
         default=0,
         metadata={
@@ -95,13 +102,6 @@ class DistillationConfig(TrainingArguments):
         },
     )
     sheet_images: int = field(default=8, metadata={"help": "Images on a sheet of detections; 0: no sheets."})
-    shard_teacher: bool = field(
-        default=False,
-        metadata={
-            "help": "Every process keeps its share of the teacher's backbone and encoder, and gets the rest when it is "
-            "needed. On one process: no effect."
-        },
-    )
     compile_models: bool = field(
         default=False,
         metadata={"help": "torch.compile the backbones and encoders of student and teacher (not the decoders)."},

@@ -37,9 +37,12 @@ def train(folder: Path, shard: bool, resume: str | None = None, seed: int = 3) -
             save_steps=1,
             logging_steps=1,
             gradient_share_steps=0,
+            sheet_steps=3,
+            sheet_images=2,
             seed=7,
         ),
         train_dataset=Scenes(12),
+        eval_dataset=Scenes(2, seed=1),
         processing_class=processor(student),
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -82,6 +85,7 @@ def main(folder: Path) -> None:
         "whole": whole["held"],
         "given": sharded["given"],
         "counted": sharded["results"],
+        "sheets": [file.name for file in (folder / "sharded" / "sheets").iterdir()],
         "held": [None] * distributed.get_world_size(),
         "refusal": refusal,
         "losses": {name: loss_of_two_parts(name) for name in zoo.NAMES},

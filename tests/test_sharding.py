@@ -104,6 +104,10 @@ def test_each_process_holds_a_share(trained):
     assert trained["counted"] == trained["whole"]
 
 
+def test_its_detections_are_drawn(trained):
+    assert trained["sheets"] == ["step_3.png"]
+
+
 def test_another_teacher_is_refused_on_resume(trained):
     assert "teacher's weights are not those" in trained["refusal"]
 
