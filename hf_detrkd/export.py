@@ -1,29 +1,24 @@
-"""Detectors as ONNX: exported, called again through onnxruntime, and compared with PyTorch as sets of detections."""
+"""Detectors as ONNX: exported, and called again through onnxruntime. evaluation/agreement.py compares them with PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.trainer_utils import EvalPrediction
 
-from .data.collator import DetectionCollator, input_size
-from .evaluation.detector import label_lookup
-from .evaluation.streaming import StreamingCocoMetrics, pack_detections, pack_references
+from .data.collator import input_size
+from .evaluation.agreement import Detections
 from .families import adapter_for
 from .view import Classification
 
@@ -33,12 +28,6 @@ RAW, POSTPROCESSED = ("logits", "pred_boxes"), ("scores", "labels", "boxes")
 MODEL, SIGNATURE = "model.onnx", "onnx.json"
 OPSET = 18
 """The first that torch's exporter writes without converting; it has GridSample, which deformable attention needs."""
-
-Detections = dict[str, Tensor]
-"""``scores`` (n,), ``labels`` (n,) and ``boxes`` (n, 4), x1, y1, x2, y2 in pixels of the original image."""
-
-Detector = Callable[[Tensor, Tensor], list[Detections]]
-"""From ``pixel_values`` (B, 3, H, W) and original sizes (B, 2), height and width, to detections whatever their score."""
 
 
 class _Graph(nn.Module):
@@ -174,11 +163,13 @@ class OnnxDetector:
         return self.session.run(None, {"pixel_values": pixel_values})
 
     def __call__(self, pixel_values: Tensor, sizes: Tensor) -> list[Detections]:
-        batch, number = self.signature["batch_size"], len(pixel_values)
-        if batch is not None and number < batch:  # the last batch of a data set
-            filler = pixel_values[-1:].expand(batch - number, -1, -1, -1)
-            pixel_values = torch.cat([pixel_values, filler])
-        outputs = [torch.from_numpy(value)[:number] for value in self.run(pixel_values.contiguous().numpy())]
+        """Of any number of images, in calls of as many as the graph takes; the last call is filled up."""
+        batch_size = self.signature["batch_size"] or len(pixel_values)
+        calls = []
+        for images in pixel_values.split(batch_size):
+            filler = images[-1:].expand(batch_size - len(images), -1, -1, -1)
+            calls.append([value[: len(images)] for value in self.run(torch.cat([images, filler]).numpy())])
+        outputs = [torch.from_numpy(np.concatenate(values)) for values in zip(*calls, strict=True)]
         if tuple(self.signature["outputs"]) == RAW:
             output = SimpleNamespace(**dict(zip(RAW, outputs, strict=True)))
             return self.processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
@@ -188,124 +179,6 @@ class OnnxDetector:
             {"scores": one, "labels": label, "boxes": box}
             for one, label, box in zip(scores, labels, boxes, strict=True)
         ]
-
-
-def torch_detector(model: PreTrainedModel, processor: BaseImageProcessor) -> Detector:
-    """The model in PyTorch, called like an `OnnxDetector`."""
-
-    def run(pixel_values: Tensor, sizes: Tensor) -> list[Detections]:
-        with torch.no_grad():
-            output = model.eval()(pixel_values=pixel_values.to(model.device))
-        found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes.to(model.device))
-        return [{name: value.cpu() for name, value in one.items()} for one in found]
-
-    return run
-
-
-# ------------------------------------------------------------------------------------------------------------- comparing
-
-
-@dataclass(frozen=True)
-class SetDifference:
-    """How far two sets of detections are apart."""
-
-    detections: int
-    """Compared, of both sides."""
-    unmatched: int
-    """Without a partner of the same class within the tolerances."""
-    score: float
-    """Largest difference of matched scores."""
-    box: float
-    """Largest difference of matched corners, in shares of the image's longer side."""
-
-
-def compare_sets(
-    one: Sequence[Detections],
-    other: Sequence[Detections],
-    sizes: Tensor,
-    *,
-    threshold: float = 0.05,
-    score_tolerance: float = 1e-3,
-    box_tolerance: float = 2e-3,
-) -> SetDifference:
-    """Compares detections image by image, in whatever order they come: encoders that select queries by their score order
-    them differently where scores are nearly equal.
-
-    Every detection with a score of ``threshold`` or more, of either side, needs a partner on the other side, which may lie
-    below the threshold. Partners are assigned so that scores and corners differ least in sum.
-    """
-    number = unmatched = 0
-    score = box = 0.0
-    for left, right, size in zip(one, other, sizes, strict=True):
-        for a, b in ((left, right), (right, left)):
-            kept = a["scores"] >= threshold
-            a = {name: value[kept] for name, value in a.items()}
-            number += len(a["scores"])
-            if not len(a["scores"]):
-                continue
-            scores = (a["scores"][:, None] - b["scores"][None]).abs().float()
-            corners = (a["boxes"][:, None] - b["boxes"][None]).abs().amax(-1).float() / size.max()
-            fits = (
-                (a["labels"][:, None] == b["labels"][None]) & (scores <= score_tolerance) & (corners <= box_tolerance)
-            )
-            rows, columns = linear_sum_assignment(torch.where(fits, scores + corners, 1e3).numpy())
-            fitting = fits[rows, columns]
-            unmatched += len(a["scores"]) - int(fitting.sum())
-            if fitting.any():
-                score = max(score, float(scores[rows, columns][fitting].max()))
-                box = max(box, float(corners[rows, columns][fitting].max()))
-    return SetDifference(number, unmatched, score, box)
-
-
-def measure(
-    detectors: Mapping[str, Detector], config, processor: BaseImageProcessor, dataset, batch_size: int = 1
-) -> tuple[dict[str, dict[str, float]], SetDifference | None]:
-    """COCO metrics of several detectors on the same pixels of a data set; of two, also how far their detections are apart.
-
-    Args:
-        detectors: by name.
-        config: the model's, for its class names.
-        processor: makes the pixels, of one size.
-        dataset: a `DetectionDataset`.
-    """
-    lookup = label_lookup(_Classes(config), dataset.id2label)
-    names = [dataset.id2label[index] for index in range(len(dataset.id2label))]
-    metrics = {name: StreamingCocoMetrics(names) for name in detectors}
-    results: dict[str, dict[str, float]] = {}
-    kept: dict[str, list[Detections]] = {name: [] for name in detectors}
-    sizes = []
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=DetectionCollator(processor))
-    for index, batch in enumerate(loader, start=1):
-        _check_unpadded(batch)
-        size = torch.stack([target["orig_size"] for target in batch["labels"]])
-        sizes.append(size)
-        for name, detector in detectors.items():
-            found = detector(batch["pixel_values"], size)
-            kept[name] += found
-            known = [{**one, "labels": lookup[one["labels"]]} for one in found]
-            known = [{key: value[one["labels"] >= 0] for key, value in one.items()} for one in known]
-            packed = EvalPrediction(predictions=pack_detections(known), label_ids=pack_references(batch["labels"]))
-            results[name] = metrics[name](packed, compute_result=index == len(loader))
-    difference = None
-    if len(kept) == 2:
-        difference = compare_sets(*kept.values(), torch.cat(sizes))
-    return results, difference
-
-
-@dataclass(frozen=True)
-class _Classes:
-    """What `label_lookup` reads of a model."""
-
-    config: object
-
-
-def _check_unpadded(batch: Mapping) -> None:
-    mask = batch.get("pixel_mask")
-    if mask is not None and not bool(mask.bool().all()):
-        raise ValueError("The image processor pads, but an exported graph takes images of one size without padding.")
-
-
-# --------------------------------------------------------------------------------------------------------------- settings
 
 
 def fixed_size(

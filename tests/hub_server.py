@@ -60,6 +60,8 @@ class HubServer:
         self.uploads: list[str] = []
         """Object ids in the order in which they arrived whole."""
         self.requests: list[str] = []
+        self.tokens = {WRITE_TOKEN: "write", READ_TOKEN: "read"}
+        """By token, its role; a token that is taken out is revoked."""
         self.cut = 0
         """So many more uploads are broken off in the middle; -1: all."""
         hub = self
@@ -143,10 +145,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _user(self, write: bool = False) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token not in ("", WRITE_TOKEN, READ_TOKEN) or (write and not token):
+        role = self.server_of.tokens.get(token)
+        if (token and role is None) or (write and not token):
             raise _Refused(401, "Invalid username or password.")
-        if write and token == READ_TOKEN:
-            raise _Refused(403, "you don't have write access: this token has role read")
+        if write and role != "write":
+            raise _Refused(403, f"you don't have write access: this token has role {role}")
         return USER if token else None
 
     def _repository(self, kind: str, name: str) -> Repository:

@@ -13,7 +13,8 @@ from transformers import DetrImageProcessor
 
 from hf_detrkd import export
 from hf_detrkd.commands import export as command
-from hf_detrkd.export import OnnxDetector, compare_sets, export_onnx, fixed_size, measure, select, torch_detector
+from hf_detrkd.evaluation.agreement import compare_sets, measure, torch_detector
+from hf_detrkd.export import OnnxDetector, export_onnx, fixed_size, select
 
 
 def detections(*rows) -> dict:
@@ -88,7 +89,7 @@ def test_measured_ap_of_detectors_that_are_known():
         return detector
 
     detectors = {"pytorch": finds(6), "onnx": finds(3)}
-    metrics, difference = measure(detectors, model.config, processor(model), data, 4)
+    metrics, difference = measure(detectors, model, processor(model), data, 4)
     assert metrics["pytorch"]["map"] == pytest.approx(1.0) and metrics["onnx"]["map"] < 0.9
     objects = [len(target["labels"]) for target in targets]
     assert (difference.detections, difference.unmatched) == (sum(objects) + sum(objects[:3]), sum(objects[3:]))
@@ -136,9 +137,9 @@ def test_exported_model_detects_the_same(tmp_path):
     path = export_onnx(model, processor(model), tmp_path, batch_size=2, postprocess=True)
     assert path.stat().st_size > 0
     onnx = OnnxDetector(tmp_path, ["CPUExecutionProvider"], threads=1)
-    data = Scenes(3)  # the second batch has one image
+    data = Scenes(3)  # in one call of PyTorch; in two of the graph, the second of one image
     metrics, difference = measure(
-        {"pytorch": torch_detector(model, onnx.processor), "onnx": onnx}, model.config, onnx.processor, data, 2
+        {"pytorch": torch_detector(model, onnx.processor), "onnx": onnx}, model, onnx.processor, data, 3
     )
     assert difference.detections > 0 and difference.unmatched == 0
     assert metrics["onnx"] == pytest.approx(metrics["pytorch"], abs=1e-3)

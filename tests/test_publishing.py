@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -241,15 +244,119 @@ def test_a_wrong_token_stops_before_the_training(hub, distilling, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_push_that_fails_at_the_end_loses_nothing(hub, distilling, tmp_path, impatient):
+def no_network(hub: HubServer, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def no_token(hub: HubServer, monkeypatch) -> None:
+    hub.tokens.clear()
+
+
+def no_upload(hub: HubServer, monkeypatch) -> None:
     hub.cut = -1
-    with pytest.raises(PushError, match="hf upload anna/run") as failed:
+
+
+def other_model(hub: HubServer, monkeypatch) -> None:
+    hub.add("anna/run", files={"README.md": b"---\npipeline_tag: text-generation\n---\n"})
+
+
+@pytest.mark.parametrize(
+    "breaks, reason, name",
+    [
+        (no_network, "ConnectError", "anna/run"),
+        (no_token, "refuses the token (401", "anna/run"),
+        (no_upload, "The connection to", "anna/run"),
+        (other_model, "another kind of model", "anna/run-detector"),
+    ],
+)
+def test_a_push_that_fails_at_the_end_loses_nothing(
+    hub, distilling, tmp_path, impatient, monkeypatch, breaks, reason, name
+):
+    """All is well when the training starts; the command in the message pushes once all is well again."""
+    train, tokens = distill.train, dict(hub.tokens)
+
+    def training(*args):
+        trained = train(*args)
+        breaks(hub, monkeypatch)
+        return trained
+
+    monkeypatch.setattr(distill, "train", training)
+    with pytest.raises(PushError) as failed:
         distilling()
-    folder = tmp_path / "run"
+    folder, message = tmp_path / "run", str(failed.value)
+    assert reason in message and f"All its files are still in {folder}" in message
     check_student(folder)
     names = ("results.json", "README.md", "test_results.json")  # no curves: one step logs nothing to plot
     assert [name for name in names if not (folder / name).is_file()] == []
-    assert f"All its files are still in {folder}" in str(failed.value)
+    hub.cut = 0
+    hub.tokens.update(tokens)
+    shell(message.splitlines()[-1].strip(), hub, HF_TOKEN=WRITE_TOKEN)
+    pushed = hub.repositories["models", name].files
+    assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own, of 16 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)]
+    done = shutil.which("mount") and subprocess.run(mount, capture_output=True, text=True)
+    if not done or done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'there is no `mount`'}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place: Path) -> Path:
+    """Writes a file until there is no byte left."""
+    path = place / "filler"
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return path
+
+
+def test_a_disk_that_really_is_full_at_the_end(hub, distilling, disk, monkeypatch):
+    save = DistillationTrainer.save_model
+
+    def saving(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        fill(disk)
+
+    monkeypatch.setattr(DistillationTrainer, "save_model", saving)
+    with pytest.raises(ReportError) as failed:
+        distilling("--output_dir", str(disk / "run"))
+    message = str(failed.value)
+    for name in ("results.json", "README.md", "trainer_state.json", "test_results.json"):
+        assert f"{name}: [Errno 28] No space left on device" in message
+    check_student(disk / "run")
+    shell(message.splitlines()[-1].strip(), hub, HF_TOKEN=WRITE_TOKEN)  # uploading needs no room here
+    pushed = hub.repositories["models", "anna/run"].files
+    assert pushed["model.safetensors"] == (disk / "run" / "model.safetensors").read_bytes()
+    assert not [name for name in pushed if name.endswith(".part")]
+
+
+def test_a_disk_that_really_is_full_while_the_student_is_saved(hub, distilling, disk, monkeypatch):
+    save = DistillationTrainer.save_model
+
+    def saving(self, output_dir=None, **kwargs):
+        filler = fill(disk) if output_dir is None else None  # not for the checkpoints
+        save(self, output_dir, **kwargs)
+        assert filler is None
+
+    monkeypatch.setattr(DistillationTrainer, "save_model", saving)
+    flags = ["--output_dir", str(disk / "run"), "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    flags += ["--save_total_limit", "1"]
+    with pytest.raises(ReportError, match=r"The disk is full .*checkpoint-2, which from_pretrained loads") as failed:
+        distilling(*flags)
+    assert "--resume_from_checkpoint true" in str(failed.value)
+    check_student(disk / "run" / "checkpoint-2")
+    monkeypatch.setattr(DistillationTrainer, "save_model", save)
+    (disk / "filler").unlink()
+    distilling(*flags, "--resume_from_checkpoint", "true")
+    check_student(disk / "run")
+    assert "anna/run" in {name for _, name in hub.repositories}
 
 
 def test_a_disk_that_is_full_at_the_end(hub, distilling, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,9 @@ from typing import Any
 
 from ..data import DetectionDataset
 from ..detectors import load_detector
-from ..export import OnnxDetector, export_onnx, measure, torch_detector
+from ..evaluation.agreement import measure, torch_detector
+from ..evaluation.cost import environment
+from ..export import OnnxDetector, export_onnx
 from ..reporting.table import comparison_table
 from .arguments import DataArguments, ModelArguments, parse
 from .setup import build_image_processor, load_data, write_json
@@ -77,13 +79,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "model_type": model.config.model_type,
         "MiB": round(path.stat().st_size / 2**20, 2),
         **onnx.signature,
+        "environment": environment(),
     }
     print(f"written to {output}: model.onnx ({results['MiB']} MiB), onnx.json, config and image processor")
     if extra.check:
         data = load_data(data_arguments, seed=42, cache_dir=model_arguments.cache_dir, token=model_arguments.token)
         dataset = DetectionDataset(getattr(data, extra.split).split)
         detectors = {"pytorch": torch_detector(model, onnx.processor), "onnx": onnx}
-        metrics, difference = measure(detectors, model.config, onnx.processor, dataset, extra.batch_size)
+        metrics, difference = measure(detectors, model, onnx.processor, dataset, extra.batch_size)
         results |= {"dataset": data_arguments.dataset_name, "split": extra.split, "images": len(dataset)}
         results |= {"metrics": metrics, "difference": asdict(difference)}
         problems = differences(metrics, asdict(difference), extra.max_difference)

@@ -112,9 +112,10 @@ def detect(
     """
     sizes = torch.stack([target["orig_size"] for target in targets])
     detections = image_processor.post_process_object_detection(model(**pixels), threshold=0.0, target_sizes=sizes)
-    return [_translated(detection, lookup) for detection in detections]
+    return [translated(detection, lookup) for detection in detections]
 
 
-def _translated(detection: Mapping[str, torch.Tensor], lookup: torch.Tensor) -> dict[str, torch.Tensor]:
+def translated(detection: Mapping[str, torch.Tensor], lookup: torch.Tensor) -> dict[str, torch.Tensor]:
+    """An image's detections with the labels of `label_lookup`; without those of classes that the data set doesn't have."""
     labels = lookup[detection["labels"]]
     return {name: (labels if name == "labels" else value)[labels >= 0] for name, value in detection.items()}
