@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..trainer import load_detector
+from ..detectors import load_detector
 
 
 @dataclass(frozen=True)
