@@ -24,7 +24,7 @@ from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.compare import Runner, write_summary
 from hf_detrkd.commands.grid import read_grid
 from hf_detrkd.methods import METHODS, configure
-from hf_detrkd.reporting.embed import embed, embed_files
+from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
 from hf_detrkd.reporting.page import number
 from hf_detrkd.reporting.summary import ROW, interval, overview, read_summaries, summarize
@@ -356,19 +356,34 @@ class TestEmbedding:
     def summaries(self):
         return {"g": {"grid": "g", "rows": [self.row | {"method": "a"}, self.row | {"method": "b", "delta": -0.5}]}}
 
+    runs = {"one": {"student": {"test": {"map": 0.1234}}, "twin": None, "teacher": {"test": {}}}}
+
+    def test_single_runs(self, tmp_path):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "one.json").write_text(json.dumps(self.runs["one"]))
+        (tmp_path / "g.json").write_text(json.dumps(self.summaries["g"]))
+        runs = read_runs(tmp_path)
+        assert list(runs) == ["other/one"]
+        text = "<!-- results:other/one -->?<!-- /results --> <!-- results:other/one student map -->?<!-- /results -->"
+        new = embed(text, {}, runs)
+        assert "| student |" in new and "| teacher |" not in new and new.endswith("map -->12.3<!-- /results -->")
+        assert embed(new, {}, runs) == new
+
     def test_tables_and_numbers(self):
         text = "It gains <!-- results:g d/p/a delta -->?<!-- /results -->.\n<!-- results:g -->\nold\n<!-- /results -->\nEnd."
-        new = embed(text, self.summaries)
+        new = embed(text, self.summaries, {})
         assert "It gains <!-- results:g d/p/a delta -->+3.1<!-- /results -->." in new
         assert "old" not in new and new.count("| d/p/") == 2 and new.endswith("<!-- /results -->\nEnd.")
-        assert embed(new, self.summaries) == new
-        only = embed("<!-- results:g */b --><!-- /results -->", self.summaries)
+        assert embed(new, self.summaries, {}) == new
+        only = embed("<!-- results:g */b --><!-- /results -->", self.summaries, {})
         assert "| d/p/b |" in only and "d/p/a" not in only
 
     @pytest.mark.parametrize(
         ("mark", "message"),
         [
-            ("h", "there is no grid 'h'"),
+            ("h", "there is no grid or run 'h'"),
+            ("one student AP", "no 'AP' of 'student'"),
+            ("one twin map", "no 'map' of 'twin'"),
             ("g d/p/* delta", "2 lines fit"),
             ("g d/p/a AP", "1 lines fit"),
             ("g x", "0 lines"),
@@ -376,7 +391,7 @@ class TestEmbedding:
     )
     def test_what_is_not_there(self, mark, message):
         with pytest.raises(ValueError, match=message):
-            embed(f"<!-- results:{mark} --><!-- /results -->", self.summaries)
+            embed(f"<!-- results:{mark} --><!-- /results -->", self.summaries, self.runs)
 
     def test_numbers(self):
         values = {"delta": 0.05, "steps": 12.0, "time_ratio": 1.257, "map": 3.0, "gap_closed": 50.6, "delta_low": None}
@@ -392,10 +407,10 @@ class TestEmbedding:
 
     def test_the_documents_say_what_the_results_say(self):
         """Fails? python scripts/compare.py --config GRID --summarize_only --embed README.md docs/*.md docs/*/*.md"""
-        summaries = read_summaries(ROOT / "docs" / "results")
+        summaries, runs = read_summaries(ROOT / "docs" / "results"), read_runs(ROOT / "docs" / "results")
         for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
             text = path.read_text()
-            assert embed(text, summaries) == text, path
+            assert embed(text, summaries, runs) == text, path
         rows = json.loads((ROOT / "docs" / "results" / "summary.json").read_text()) if summaries else []
         assert rows == overview(list(summaries.values()))
 

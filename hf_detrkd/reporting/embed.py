@@ -3,11 +3,14 @@
 <!-- results:bccd -->                                   the table of a grid
 <!-- results:bccd bccd/rt_detr/* -->                    its lines that fit a pattern of data/pair/method
 <!-- results:bccd bccd/rt_detr/kd_detr delta -->+3.1    one number
+<!-- results:demo -->                                   the table of a single run with its twin, from ``demo.json``
+<!-- results:demo student map -->11.0                   one number of it, in points: of the teacher, twin or student
 <!-- /results -->                                       the end of each
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,21 +18,31 @@ from typing import Any
 
 from .page import gain_table, number, select
 from .summary import read_summaries
+from .table import comparison_table, points
 
 MARKS = re.compile(r"(<!-- results:(\S+)(?: (\S+))?(?: (\S+))? -->)(.*?)(<!-- /results -->)", re.DOTALL)
 
 
-def embed(text: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text with everything between marks as the summaries have it.
+ROLES = ("teacher", "twin", "student")
+
+
+def embed(text: str, summaries: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text with everything between marks as the results have it.
+
+    Args:
+        summaries: of grids, by name.
+        runs: what single runs wrote to ``results.json``, by name.
 
     Raises:
-        ValueError: for a grid, a line or a value that the summaries don't have, and a number of more than one line.
+        ValueError: for a grid, a run, a line or a value that isn't there, and a number of more than one line.
     """
 
     def fresh(mark: re.Match) -> str:
         start, grid, pattern, name, _, end = mark.groups()
+        if grid in runs:
+            return f"{start}{of_run(start, runs[grid], pattern, name)}{end}"
         if grid not in summaries:
-            raise ValueError(f"{start}: there is no grid {grid!r}; there are {sorted(summaries)}.")
+            raise ValueError(f"{start}: there is no grid or run {grid!r}; there are {sorted({*summaries, *runs})}.")
         rows = select(summaries[grid], pattern or "*")
         if name is None and rows:
             return f"{start}\n{gain_table(rows)}\n{end}"
@@ -40,12 +53,29 @@ def embed(text: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return MARKS.sub(fresh, text)
 
 
+def of_run(start: str, run: Mapping[str, Any], role: str | None, metric: str | None) -> str:
+    """The table of a run on its test split, or one number of it."""
+    measured = {role: run[role]["test"] for role in ROLES if run.get(role) and run[role].get("test")}
+    if role is None:
+        return f"\n{comparison_table(measured, markdown=True)}\n"
+    if metric not in measured.get(role, {}):
+        raise ValueError(f"{start}: the run has {sorted(measured)}, and no {metric!r} of {role!r}.")
+    return points(measured[role][metric])
+
+
+def read_runs(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The ``results.json`` of single runs in a folder and the folders in it, by path without the suffix."""
+    contents = {path.relative_to(folder).with_suffix("").as_posix(): path for path in Path(folder).rglob("*.json")}
+    contents = {name: json.loads(path.read_text()) for name, path in sorted(contents.items())}
+    return {name: content for name, content in contents.items() if isinstance(content, dict) and "student" in content}
+
+
 def embed_files(paths: list[Path], folder: str | Path) -> list[Path]:
-    """Rewrites the documents from the summaries in ``folder``; returns those that changed."""
-    summaries, changed = read_summaries(folder), []
+    """Rewrites the documents from the results in ``folder``; returns those that changed."""
+    summaries, runs, changed = read_summaries(folder), read_runs(folder), []
     for path in paths:
         text = path.read_text()
-        new = embed(text, summaries)
+        new = embed(text, summaries, runs)
         if new != text:
             path.write_text(new)
             changed.append(path)
