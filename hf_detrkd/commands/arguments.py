@@ -45,6 +45,15 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "Hub token; by default the one you logged in with."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow model code from the Hub."})
 
+    def hub(self) -> dict[str, str | bool | None]:
+        """What every ``from_pretrained`` of this detector is given."""
+        return {
+            "cache_dir": self.cache_dir,
+            "token": self.token,
+            "revision": self.model_revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
 
 @dataclass
 class StudentArguments:
@@ -73,8 +82,8 @@ class StudentArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which images and boxes."""
+class DatasetArguments:
+    """A data set, and how it is read."""
 
     dataset_name: str = field(
         default="shapes",
@@ -90,6 +99,12 @@ class DataArguments:
     classes: list[str] | None = field(
         default=None, metadata={"help": "Keep only these classes of the data set, in this order; by default all."}
     )
+
+
+@dataclass
+class DataArguments(DatasetArguments):
+    """Which images and boxes."""
+
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_validation_split: str = field(default="validation", metadata={"help": "Split that chooses the best step."})
     dataset_test_split: str = field(

@@ -39,13 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if model_arguments.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the detector to measure.")
     data = load_data(data_arguments, seed=42, cache_dir=model_arguments.cache_dir, token=model_arguments.token)
-    model = load_detector(
-        model_arguments.model_name_or_path,
-        revision=model_arguments.model_revision,
-        cache_dir=model_arguments.cache_dir,
-        token=model_arguments.token,
-        trust_remote_code=model_arguments.trust_remote_code,
-    )
+    model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
     dataset = DetectionDataset(getattr(data, extra.split).split)
     metrics = evaluate_detector(

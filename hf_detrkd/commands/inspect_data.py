@@ -22,7 +22,7 @@ from ..data import DatasetError, DetectionDataset, Finding, check_dataset, keep_
 from ..data.schema import class_names_of
 from ..reporting.boxes import draw_dataset
 from ..reporting.table import text_table
-from .arguments import parse
+from .arguments import DatasetArguments, parse
 from .setup import write_json
 
 SMALL, MEDIUM = 32**2, 96**2
@@ -35,21 +35,9 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 
 
 @dataclass
-class InspectArguments:
+class InspectArguments(DatasetArguments):
     """Which data, and what is written of it."""
 
-    dataset_name: str = field(
-        default="shapes",
-        metadata={
-            "help": "A folder (COCO, YOLO, Pascal VOC, imagefolder), a Hub id, or `shapes`, the built-in synthetic set."
-        },
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_format: str = field(default="auto", metadata={"help": "Format of a folder, if it should not be detected."})
-    bbox_format: str | None = field(
-        default=None, metadata={"help": "What the boxes are, to say it outright: xywh, xyxy, cxcywh, and so on."}
-    )
-    classes: list[str] | None = field(default=None, metadata={"help": "Keep only these classes, in this order."})
     output_dir: str = field(default="runs/data", metadata={"help": "Folder for data.json and the sheets."})
     sheet_images: int = field(default=12, metadata={"help": "Images on each sheet; 0: no sheets."})
     listed: int = field(default=20, metadata={"help": "Problems printed; data.json has all."})

@@ -67,13 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.batch_size < 1 or arguments.every < 1:
         raise ValueError("--batch_size and --every must be 1 or more.")
     pictures = read_pictures(Path(arguments.input), arguments.every)
-    model = load_detector(
-        model_arguments.model_name_or_path,
-        revision=model_arguments.model_revision,
-        cache_dir=model_arguments.cache_dir,
-        token=model_arguments.token,
-        trust_remote_code=model_arguments.trust_remote_code,
-    )
+    model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
     output = Path(arguments.output_dir)
     model.to(arguments.device or best_device()).eval()

@@ -114,12 +114,7 @@ def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -
             "Pass one of --model_name_or_path (a checkpoint) and --config_name (a config, random weights); got "
             f"{arguments.model_name_or_path!r} and {arguments.config_name!r}."
         )
-    hub = {
-        "cache_dir": arguments.cache_dir,
-        "token": arguments.token,
-        "revision": arguments.model_revision,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
+    hub = arguments.hub()
     config = AutoConfig.from_pretrained(arguments.model_name_or_path or arguments.config_name, **hub)
     same = id2label is None or {int(i): name for i, name in config.id2label.items()} == id2label
     if not same:
@@ -143,13 +138,7 @@ def build_image_processor(arguments: ModelArguments, model: PreTrainedModel) -> 
     """The image processor beside the checkpoint; for a model from a config the one of its family."""
     place = arguments.image_processor_name or arguments.model_name_or_path
     if place is not None:
-        processor = AutoImageProcessor.from_pretrained(
-            place,
-            cache_dir=arguments.cache_dir,
-            token=arguments.token,
-            revision=arguments.model_revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        processor = AutoImageProcessor.from_pretrained(place, **arguments.hub())
     else:
         processor = family_image_processor(model)
     if arguments.image_size is not None:
