@@ -30,8 +30,7 @@ class DetectionDataset(Dataset):
     Args:
         split: one split; images are decoded in `__getitem__`, in the orientation its width and height declare.
         augmentation: called as ``augmentation(image, target, rng)`` with a NumPy generator of the item's own; None
-        leaves
-            items as they are.
+            leaves items as they are.
         seed: of the augmentation.
     """
 
