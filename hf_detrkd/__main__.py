@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "run a grid of methods beside their twins, and report it",
     "summarize": "the same run with several seeds as one table",
     "evaluate": "COCO metrics of a detector on a split",
+    "compare-models": "trained models side by side: AP, curves, cost, the images that tell them apart",
     "predict": "detect in an image, a folder or a video",
     "export": "write ONNX, and check it",
     "benchmark": "latency of detectors, cost of a training step",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from .sharding import refuse_sharded_student
 
 
 @dataclass
@@ -17,7 +21,7 @@ class DistillationConfig(TrainingArguments):
     Everything of `TrainingArguments` works as usual. Changed defaults: ``remove_unused_columns=False`` (labels are
     lists of dictionaries), ``batch_eval_metrics=True`` (evaluation streams), ``max_grad_norm=0.1`` (DETR, main.py),
     ``learning_rate=1e-4`` and ``weight_decay=1e-4`` (DETR, main.py), ``metric_for_best_model="eval_map"``,
-    bf16 where the device has it (``bf16=False`` switches it off).
+    the mixed precision that ``accelerate launch`` asks for, or else bf16 where the device has it (``bf16=False``: none).
 
     Raises:
         ValueError: at construction, for a setting that can't work; the message says why and what to do.
@@ -83,6 +87,21 @@ class DistillationConfig(TrainingArguments):
             "many; costs one backward pass per term; 0: never."
         },
     )
+    shard_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Every process keeps its share of the teacher's backbone and encoder, and gets the rest when it is "
+            "needed. On one process: no effect."
+        },
+    )
+    sheet_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Draw what teacher and student find in a few images of the validation split every so many steps, into "
+            "`sheets/` and to the trackers of `report_to`; 0: never."
+        },
+    )
+    sheet_images: int = field(default=8, metadata={"help": "Images on a sheet of detections; 0: no sheets."})
     compile_models: bool = field(
         default=False,
         metadata={"help": "torch.compile the backbones and encoders of student and teacher (not the decoders)."},
@@ -108,19 +127,31 @@ class DistillationConfig(TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches; only of use with a GPU."}
     )
     # Not `bool | None`: HfArgumentParser would then refuse a bare --bf16.
-    bf16: bool = field(default=None, metadata={"help": "bf16 autocast; by default on CUDA devices that support it."})
+    bf16: bool = field(
+        default=None,
+        metadata={"help": "bf16 autocast; by default as the launcher says, or where a CUDA device has it."},
+    )
 
     def __post_init__(self):
+        refuse_sharded_student(self)
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.bf16 is None:
-            self.bf16 = (
-                not self.use_cpu and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
+            self.fp16 = self.fp16 or launched == "fp16"
+            able = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.fp16 and (launched == "bf16" or able)
         self.method = _method_names(self.method)
         self.method_config = _json_object("method_config", self.method_config)
         self.teacher_model_init_kwargs = _json_object("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
         super().__post_init__()
+        if launched in ("bf16", "fp16") and not self.bf16 and not self.fp16:
+            self.mixed_precision = "no"  # bf16=False means off, and TrainingArguments would follow the launcher
+        if self.shard_teacher and self.world_size == 1:
+            warnings.warn(
+                "`shard_teacher` has no effect: there is one process, which needs the whole teacher.", stacklevel=3
+            )
+            self.shard_teacher = False
         factors, steps = ("detection_weight", "kd_weight", "backbone_lr_factor"), ("kd_warmup_steps", "kd_stop")
-        for name in (*factors, *steps, "gradient_share_steps"):
+        for name in (*factors, *steps, "gradient_share_steps", "sheet_steps", "sheet_images"):
             value = getattr(self, name)
             if not value >= 0:  # NaN neither
                 raise ValueError(f"`{name}` is {value}; it must be 0 or more.")

@@ -64,8 +64,15 @@ class LabelMap:
 
     def table(self) -> str:
         """One line per class: student, teacher, and what was found. Plain text, to be read before training."""
+        rows = [("student", "teacher", ""), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows]
+        return "\n".join([*lines, f"{len(self)} classes shared; the rest is left out of the distillation terms."])
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Per class the student's label and name, the teacher's, and what is to be said; "-" where one has no partner."""
         partner = dict(zip(self.student_classes, self.teacher_classes, strict=True))
-        rows = [("student", "teacher", "")]
+        rows = []
         for i, name in enumerate(self.student_names):
             if i not in partner:
                 rows.append((f"{i} {name}", "-", self._why_alone(name, self.student_names, self.teacher_names)))
@@ -76,9 +83,7 @@ class LabelMap:
         for i, name in enumerate(self.teacher_names):
             if i not in self.teacher_classes:
                 rows.append(("-", f"{i} {name}", self._why_alone(name, self.teacher_names, self.student_names)))
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows]
-        return "\n".join([*lines, f"{len(self)} classes shared; the rest is left out of the distillation terms."])
+        return rows
 
     @staticmethod
     def _why_alone(name: str, own: tuple[str, ...], others: tuple[str, ...]) -> str:

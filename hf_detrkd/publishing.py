@@ -25,6 +25,7 @@ from .reporting.writing import Reports
 NOT_PUSHED = (
     "checkpoint-*",  # states of the optimiser, for a resume
     "twin/*",
+    "sheets/*",  # as large as the model, one for every few steps
     "distillation_state.pt",  # projectors and raw weights, for a resume
     "training_args.bin",  # a pickle, in which the Hub's token may be
     "_*",

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForObjectDetection, PreTrainedModel, Trainer
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
+from .callbacks import SetEpoch, StampSeconds, UpdateAverage
+from .checkpoints import load_checkpoint, resume, training_state, write_state
 from .config import DistillationConfig
 from .data.collator import DetectionCollator
+from .detectors import check_classes, digest, load_detector
 from .ema import ExponentialMovingAverage
-from .evaluation.streaming import StreamingCocoMetrics, pack_detections, pack_references
+from .evaluation.streaming import StreamingCocoMetrics
+from .evaluation.trainer import StreamingTrainer
 from .families import adapter_for
 from .labels import LabelMap
+from .loss_parts import LossParts
 from .methods import DistillationMethod, build_methods
 from .model import DistillationModel
 from .progress import DistillationPrinter, DistillationProgress
-from .publishing import open_repository, push_folder, repository_of
+from .publishing_trainer import PublishingTrainer
 from .reporting.card import write_card
 from .reporting.versions import versions
+from .sharding import shard_teacher
+from .sheets import DrawSheets
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "distillation_state.pt"
-"""In every checkpoint, beside the plain student: projectors, raw weights under the moving average, the teacher's digest."""
 
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(StreamingTrainer, PublishingTrainer):
     """Distils a teacher detector into a student detector.
 
     Everything a `Trainer` does works as usual: resume, best checkpoint, accumulation, mixed precision, several
@@ -139,12 +141,19 @@ class DistillationTrainer(Trainer):
         self.add_callback(DistillationPrinter if args.disable_tqdm else DistillationProgress)
 
         if hasattr(train_dataset, "set_epoch"):
-            self.add_callback(_SetEpoch(train_dataset))
+            self.add_callback(SetEpoch(train_dataset))
         self.ema = ExponentialMovingAverage(student, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
-            self.add_callback(_UpdateAverage(self.ema))
-        self._window: dict[str, list[Tensor]] = defaultdict(list)
+            self.add_callback(UpdateAverage(self.ema))
+        if args.sheet_steps and args.sheet_images:
+            self.add_callback(self._sheets(teacher_processing_class or processing_class))
+        self.add_callback(StampSeconds())
+        self._parts = LossParts()
+        self.teacher_digest = None
         if self.teacher is not None:
+            self.teacher_digest = digest(self.teacher)  # while this process has all of it
+            if args.shard_teacher:
+                shard_teacher(self.teacher_adapter, args.device)
             self.teacher.to(self.args.device)
             if self.is_world_process_zero():
                 logger.warning(self.label_map.table())
@@ -155,7 +164,10 @@ class DistillationTrainer(Trainer):
     @property
     def student(self) -> PreTrainedModel:
         """The plain detector in training."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
+        return self._wrapper().student
+
+    def _wrapper(self) -> DistillationModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # -- the teacher -------------------------------------------------------------------------------------------------
 
@@ -172,6 +184,8 @@ class DistillationTrainer(Trainer):
             if args.teacher_model_revision is not None:
                 options["revision"] = args.teacher_model_revision
             teacher = load_detector(teacher, **options)
+        elif args.shard_teacher:
+            teacher = copy.deepcopy(teacher)  # the one that was given stays whole
         return load_detector(teacher).eval().requires_grad_(False)
 
     def _teacher_view(self, inputs: dict[str, Any], attentions: bool):
@@ -207,36 +221,17 @@ class DistillationTrainer(Trainer):
                 "gradient_norms": self._measures_gradients(step),
             }
         outputs = model(**inputs, **options)
-        self._record(outputs, scale)
+        self._parts.add(outputs, None if self.teacher is None else scale)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _measures_gradients(self, step: int) -> bool:
         every = self.args.gradient_share_steps
         return every > 0 and (step < 3 or step % every == 0)
 
-    def _record(self, outputs: Mapping[str, Any], scale: float) -> None:
-        """Keeps this step's parts until the next log, on the device: no synchronisation per step."""
-        self._window["detection_loss"].append(outputs["detection_loss"])
-        if self.teacher is None:
-            return
-        for name, value in outputs["terms"].items():
-            self._window[f"kd_{name}"].append(value)
-        self._window["kd_scale"].append(torch.tensor(scale, device=self.args.device))
-        norms = outputs.get("gradient_norms")
-        if norms is not None:
-            total = norms["detection"] + norms["kd"]
-            for name, norm in norms.items():
-                if name != "detection":
-                    self._window[f"gradient_share_{name}"].append(norm / total.clamp(min=torch.finfo(total.dtype).tiny))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the losses' parts since the last log, over all processes."""
-        if "loss" in logs and self._window:
-            names = sorted(self._window)
-            means = torch.stack([torch.stack(self._window[name]).float().mean() for name in names])
-            means = self.accelerator.reduce(means, reduction="mean").tolist()
-            logs.update({name: round(value, 6) for name, value in zip(names, means, strict=True)})
-            self._window.clear()
+        if "loss" in logs:
+            logs.update(self._parts.means(self.accelerator))
         super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
@@ -264,106 +259,55 @@ class DistillationTrainer(Trainer):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As Trainer's, whose cache for persistent workers would give one data set's loader for any other."""
-        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
-            return super().get_eval_dataloader(eval_dataset)
-        cache = self.__dict__.pop("_eval_dataloaders", None)
-        loader = super().get_eval_dataloader(eval_dataset)
-        self.__dict__.pop("_eval_dataloaders", None)
-        if cache is not None:
-            self._eval_dataloaders = cache
-        return loader
-
     def evaluation_loop(self, *args, **kwargs):
         """Evaluates the moving average where there is one."""
-        if isinstance(self.compute_metrics, StreamingCocoMetrics):
-            self.compute_metrics.reset()  # an evaluation that was broken off leaves its images behind
-        with ExitStack() as stack:
-            if self.ema is not None:
-                stack.enter_context(self.ema.applied())
+        with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Detections and references of a batch as padded tensors, which Trainer's own gathering handles right."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        loss = loss.detach().float().mean()
-        if prediction_loss_only:
-            return loss, None, None
-        if self.processing_class is None:
+    def _averaged(self) -> AbstractContextManager:
+        """The student has the averaged weights inside, where there is an average."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def _sheets(self, teacher_processing_class: BaseImageProcessor | None) -> DrawSheets:
+        if getattr(self.eval_dataset, "id2label", None) is None or self.processing_class is None:
             raise ValueError(
-                "Evaluation needs `processing_class`, the student's image processor: it turns outputs into detections."
+                f"`sheet_steps` is {self.args.sheet_steps}, but sheets are drawn on a DetectionDataset, with the student's image "
+                f"processor: `eval_dataset` is a {type(self.eval_dataset).__name__} and `processing_class` a "
+                f"{type(self.processing_class).__name__}. Pass both, or set sheet_steps=0."
             )
-        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        sizes = torch.stack([label["orig_size"] for label in inputs["labels"]])
-        results = self.processing_class.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        return loss, pack_detections(results), pack_references(inputs["labels"])
+        return DrawSheets(
+            self.eval_dataset,
+            (self.student, self.processing_class),
+            {} if self.teacher is None else {"teacher": (self.teacher, teacher_processing_class)},
+            every=self.args.sheet_steps,
+            number=self.args.sheet_images,
+            averaged=self._averaged,
+            trackers=self.callback_handler.callbacks,
+        )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The plain student (its moving average where there is one), and beside it what a resume needs."""
+        if not self.args.should_save:  # transformers 5.24 comes here on every process
+            return
         output_dir = output_dir or self.args.output_dir
-        wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        state: dict[str, Any] = {"methods": wrapper.methods.state_dict()}
-        if self.teacher is not None:
-            state["teacher"] = {"digest": digest(self.teacher), "name_or_path": self.teacher.name_or_path}
-        with ExitStack() as stack:
-            if self.ema is not None:
-                raw = {name: value.detach().clone() for name, value in wrapper.student.state_dict().items()}
-                state |= {"student": raw, "ema_updates": self.ema.updates}
-                stack.enter_context(self.ema.applied())
+        wrapper = self._wrapper()
+        state = training_state(wrapper, self.ema, self.teacher, self.teacher_digest)
+        with self._averaged(), ExitStack() as stack:
             self.model = wrapper.student  # Trainer saves what self.model is
             stack.callback(setattr, self, "model", wrapper)
             super()._save(output_dir)
-        torch.save(state, os.path.join(output_dir, STATE_NAME))
-
-    def _load_student(self, folder: str) -> None:
-        """Every tensor of a checkpoint. Not by `load_state_dict(file)`: files have legacy names, which it would skip."""
-        wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        saved = type(wrapper.student).from_pretrained(folder)
-        wrapper.student.load_state_dict(saved.state_dict())
-        if self.ema is not None:
-            self.ema.copy_from_model()
-        wrapper.methods.load_state_dict(read_state(folder)["methods"])
+        write_state(state, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = read_state(resume_from_checkpoint)
-        if (self.ema is not None) != ("student" in state):
-            raise ValueError(
-                f"{resume_from_checkpoint} was written {'with' if 'student' in state else 'without'} a moving average, "
-                f"and this run has `ema_decay={self.args.ema_decay}`. Resume with the settings of the first run."
-            )
-        recorded = state.get("teacher")
-        if (recorded is None) != (self.teacher is None):
-            raise ValueError(
-                f"{resume_from_checkpoint} was written {'without' if recorded is None else 'with'} a teacher. "
-                "Resume with the method of the first run."
-            )
-        if recorded is not None and recorded["digest"] != digest(self.teacher):
-            raise ValueError(
-                f"The teacher's weights are not those of the run that wrote {resume_from_checkpoint} "
-                f"(teacher {recorded['name_or_path']!r}). Resume with that teacher, or start a new run."
-            )
-        self._load_student(resume_from_checkpoint)
-        if self.ema is not None:
-            self.ema.updates = state["ema_updates"]
-            self.student.load_state_dict(state["student"])
+        resume(resume_from_checkpoint, self._wrapper(), self.ema, self.teacher_digest)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
-        self._load_student(self.state.best_model_checkpoint)
+        load_checkpoint(self.state.best_model_checkpoint, self._wrapper(), self.ema)
 
     # -- the Hub -----------------------------------------------------------------------------------------------------
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As Trainer's, with an error that says what to do; a repository of another kind of model is refused."""
-        if self.is_world_process_zero():
-            token, private = token or self.args.hub_token, self.args.hub_private_repo if private is None else private
-            self.hub_model_id = open_repository(repository_of(self.args), token=token, private=private)
-            self.push_in_progress = None
 
     def create_model_card(self, model_name: str | None = None, **metadata) -> None:
         """Writes ``README.md`` from what this trainer has measured; see `hf_detrkd.reporting.card`.
@@ -375,39 +319,9 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self._results(), model_name or self.hub_model_id, **metadata)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **metadata,
-    ):
-        """Saves the plain student, its image processor and a card, and pushes them. Always waits for the end.
-
-        Raises:
-            PushError: the student is on disk; the message has the command that pushes it again.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
-        self.create_model_card(**metadata)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        return push_folder(
-            self.args.output_dir,
-            self.hub_model_id or repository_of(self.args),
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
-            write=lambda name: self.create_model_card(**{**metadata, "model_name": name}),
-        )
-
     def _results(self) -> dict[str, Any]:
         """What this trainer knows of what a command writes to ``results.json``."""
-        wrapper = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        wrapper = self._wrapper()
         student = {
             "method": "+".join(wrapper.methods) or "none",
             "model_type": self.student.config.model_type,
@@ -424,74 +338,3 @@ class DistillationTrainer(Trainer):
             teacher = {"name_or_path": self.teacher.name_or_path, "parameters": self.teacher.num_parameters()}
         settings = {"DistillationConfig": self.args.to_dict()}
         return {"student": student, "teacher": teacher, "twin": None, "settings": settings, "versions": versions()}
-
-
-def read_state(folder: str) -> dict[str, Any]:
-    """What a checkpoint holds beside the plain student."""
-    path = os.path.join(folder, STATE_NAME)
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"{folder} has no {STATE_NAME}: it is no checkpoint of DistillationTrainer, or an unfinished one."
-        )
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class _UpdateAverage(TrainerCallback):
-    """After every optimiser step."""
-
-    def __init__(self, ema: ExponentialMovingAverage):
-        self.ema = ema
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.ema.update()
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the data set the epoch before its loader starts. accelerate does so only for some samplers."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-def load_detector(model: PreTrainedModel | str, **options) -> PreTrainedModel:
-    """A detector from a local folder or a Hub id, in float32 whatever the file has; a model passes through.
-
-    Raises:
-        ValueError: where its weights are in half precision, in which transformers' detection losses and several decoders fail.
-    """
-    if isinstance(model, str):
-        model = AutoModelForObjectDetection.from_pretrained(model, **{"dtype": torch.float32, **options})
-    if model.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"{model.name_or_path or type(model).__name__} has weights in {model.dtype}. Load it in float32 "
-            "(from_pretrained(..., dtype=torch.float32)); bf16=True in the config then computes in bfloat16."
-        )
-    return model
-
-
-def check_classes(student: PreTrainedModel, *datasets) -> None:
-    """Refuses a data set whose class list is not the student's; data sets without ``id2label`` can't be checked."""
-    for dataset in datasets:
-        names = getattr(dataset, "id2label", None)
-        if names is not None and dict(names) != dict(student.config.id2label):
-            raise ValueError(
-                f"The data set's classes {list(names.values())} are not the student's "
-                f"{list(student.config.id2label.values())}. Build the student with id2label and label2id of the data set: "
-                "from_pretrained(..., id2label=dataset.id2label, label2id=dataset.label2id, ignore_mismatched_sizes=True)."
-            )
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 over the names and values of all tensors of a model."""
-    sha = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(
-            value.detach().cpu().contiguous().view(torch.uint8).numpy().data
-            if value.dim()
-            else str(value.item()).encode()
-        )
-    return sha.hexdigest()

@@ -345,3 +345,24 @@ def test_evaluate_loads_it_offline(tmp_path):
     assert results["again"]["map_per_class"] == pytest.approx({"7": 1})
     assert "1 `predictions` and 0 `references`" in results["lengths"]
     assert "no `scores`, only ['boxes']" in results["missing"]
+
+
+def test_images_can_be_read_back():
+    """As they were added, in the order of the ids, with the 100 best detections of each class alone."""
+    rng = np.random.default_rng(0)
+    added = {
+        9: random_image(rng, 2, objects=4, detections=260, crowds=True, areas=True),
+        2: one_class(BOX, [0.5], BOX)[0],
+    }
+    evaluator = CocoEvaluator(["a", "b"])
+    for image_id, image in added.items():
+        evaluator.add(image_id, *image)
+    assert evaluator.image_ids == [2, 9]
+    prediction, reference = evaluator[9]
+    for name, values in added[9][1].items():
+        assert np.array_equal(reference[name], values), name
+    scores, labels = added[9][0]["scores"], added[9][0]["labels"]
+    best = [np.sort(scores[labels == label])[-100:] for label in (0, 1)]
+    assert np.array_equal(np.sort(prediction["scores"]), np.sort(np.concatenate(best)))
+    assert len(prediction["boxes"]) == len(prediction["labels"]) == len(prediction["scores"]) == 200
+    assert evaluator[2][1]["area"].tolist() == [(BOX[0][2] - BOX[0][0]) * (BOX[0][3] - BOX[0][1])]

@@ -18,7 +18,7 @@ from transformers import AutoModelForObjectDetection
 
 from hf_detrkd import DetectionDataset
 from hf_detrkd.commands import distill, evaluate, finetune, summarize
-from hf_detrkd.commands.distill import checkpoint_to_resume, last_complete_checkpoint
+from hf_detrkd.commands.distill import checkpoint_to_resume, found_by_all, last_complete_checkpoint
 
 SHAPES = f"shapes:train=8,validation=3,test=3,size={zoo.SIZE}"
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -58,6 +58,8 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
             *QUICK,
         ]
     )
+    for name in ("sheet.png", "report.html"):
+        assert Path(teacher, name).stat().st_size > 0
     trained = AutoModelForObjectDetection.from_pretrained(teacher)
     assert list(trained.config.id2label.values()) == NAMES  # the data set's classes, not the config's
 
@@ -79,7 +81,16 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
     assert results["student"]["method"] == "kd_detr" and results["twin"]["method"] == "none"
     assert results["student"]["steps"] == results["twin"]["steps"] == 2  # the flag overrides the recipe
     assert set(results["teacher"]["test"]) >= {"map", "map_50"}
-    for name in ("curves.png", "sheet.png", "config.json", "model.safetensors", "preprocessor_config.json"):
+    assert results["label_map"][0] == ("0 circle", "6 circle", "") and len(results["label_map"]) == 8
+    assert not (output / "unfinished.json").exists()
+    for name in (
+        "curves.png",
+        "sheet.png",
+        "report.html",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ):
         assert (output / name).stat().st_size > 0
     assert (output / "twin" / "model.safetensors").exists()
     saved = AutoModelForObjectDetection.from_pretrained(output)
@@ -93,6 +104,29 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
 
     with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
         distill.main([*arguments, "--output_dir", str(output), *QUICK])
+
+
+def test_a_run_can_be_watched_while_it_trains(tmp_path, monkeypatch):
+    """From the first step on its folder says what it is; the twin has a name of its own in the trackers."""
+    seen = []
+    train = distill.train
+
+    def spy(model, args, *rest):
+        seen.append((args.run_name, json.loads((tmp_path / "run" / "unfinished.json").read_text())))
+        assert not (tmp_path / "run" / "trainer_state.json").exists() or len(seen) == 2  # an earlier run's is gone
+        return train(model, args, *rest)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trainer_state.json").write_text('{"global_step": 9, "max_steps": 9, "log_history": []}')
+    monkeypatch.setattr(distill, "train", spy)
+    flags = ["--teacher_model_name_or_path", save(tmp_path / "teacher", NAMES), "--method", "logit_kd"]
+    flags += ["--model_name_or_path", save(tmp_path / "student", NAMES, decoder_layers=2), "--with_twin", "true"]
+    flags += ["--max_steps", "1", "--sheet_images", "0", "--run_name", "mine", "--output_dir", str(tmp_path / "run")]
+    distill.main([*flags, *QUICK])
+    (name, first), (twin_name, second) = seen
+    assert (name, twin_name) == ("mine", "mine-twin")
+    assert first["student"] is None and first["teacher"]["test"] and first["versions"] and first["label_map"]
+    assert second["student"]["test"] and second["twin"] is None
 
 
 def test_twin_and_student_start_alike_and_see_the_same_data(tmp_path, monkeypatch):
@@ -135,6 +169,15 @@ def test_resume_choices(tmp_path):
     assert checkpoint_to_resume("false", tmp_path) is None
     with pytest.raises(ValueError, match="earlier run"):
         checkpoint_to_resume(None, tmp_path)
+
+
+def test_processes_resume_from_the_same_step(monkeypatch):
+    assert found_by_all("a/checkpoint-2") == "a/checkpoint-2" and found_by_all(None) is None
+    monkeypatch.setattr(distill, "gather_object", lambda own: [*own, "b/checkpoint-2"])
+    assert found_by_all("a/checkpoint-2") == "a/checkpoint-2"
+    for own in (None, "a/checkpoint-4"):
+        with pytest.raises(ValueError, match=f"different checkpoints.*{own}, b/checkpoint-2.*--save_on_each_node"):
+            found_by_all(own)
 
 
 def test_killed_run_resumes_to_the_same_parameters(tmp_path):

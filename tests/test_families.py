@@ -15,6 +15,7 @@ import transformers
 import zoo
 
 from hf_detrkd.families import FAMILIES, FamilyAdapter, adapter_for
+from hf_detrkd.families.checks import checkpointing
 from hf_detrkd.view import DetrView, Queries
 
 MODES = ["eval", "train", "train with labels"]
@@ -549,7 +550,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, attentions):
     adapter, inputs = prepared(name, "train with labels", **eager)
     expected = loss_gradients(adapter, inputs, attentions)
     checkpoint(adapter.model, use_reentrant=False)
-    assert adapter._checkpointing()
+    assert checkpointing(adapter.layers)
     actual = loss_gradients(adapter, inputs, attentions)
     assert actual.keys() == expected.keys()
     for parameter, gradient in expected.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,17 @@ import zoo
 from PIL import Image
 
 from hf_detrkd.reporting.curves import PANELS, plot_curves, series_of
-from hf_detrkd.reporting.sheet import KINDS, SheetRow, best_threshold, classify, draw_comparison, draw_sheet
-from hf_detrkd.reporting.table import class_table, comparison_table, text_table
+from hf_detrkd.reporting.sheet import (
+    KINDS,
+    Counts,
+    SheetRow,
+    best_threshold,
+    classify,
+    count,
+    draw_comparison,
+    draw_sheet,
+)
+from hf_detrkd.reporting.table import class_table, comparison_table, difference, text_table
 
 RESULTS = {
     "teacher": {"map": 0.4, "map_50": 0.6, "map_small": math.nan, "mar_100": 0.5},
@@ -32,6 +42,10 @@ class TestTables:
             "student         25.0  28.0  10.0    -    -    -   20.0",
             "student - twin  +9.9  -2.0     -    -    -    -   +0.0",
         ]
+
+    def test_no_gain_has_no_minus(self):
+        assert difference(0.1, 0.1001) == difference(0.1001, 0.1) == "+0.0"
+        assert difference(0.1, 0.101) == "-0.1"
 
     def test_without_a_twin_there_is_no_gain(self):
         assert len(comparison_table({"model": {"map": 0.5}}).splitlines()) == 3
@@ -129,6 +143,14 @@ class TestOutcomes:
         example = row([(self.second, 0.9, 0), ([60.0, 60, 70, 70], 0.8, 0), (self.second, 0.7, 1)], (False, True))
         assert classify(example, example.detections["model"]).kinds == ("crowd", "crowd", "false")
 
+    def test_counts_from_a_score_on(self):
+        detections = [(self.first, 0.9, 0), ([0.0, 80, 9, 99], 0.7, 0), ([60.0, 60, 70, 70], 0.6, 0)]
+        example = row(detections, crowd=(False, True))
+        outcome = classify(example, example.detections["model"])
+        counts = [count(example, "model", outcome, least) for least in (0.95, 0.9, 0.7, 0.1)]
+        assert counts == [Counts(0, 1, 0), Counts(1, 0, 0), Counts(1, 0, 1), Counts(1, 0, 1)]
+        assert str(counts[-1]) == "1 hit, 0 missed, 1 false" and counts[-1].errors == 1
+
     def test_best_threshold(self):
         """F1 of the best 1, 2, 3 of these: 2/3, 1/2, 4/5 with two objects."""
         example = row([(self.first, 0.9, 0), ([0.0, 80, 9, 99], 0.7, 0), (self.second, 0.5, 0), (self.second, 0.2, 0)])
@@ -164,6 +186,14 @@ class TestSheet:
         for threshold, missed in ((0.3, False), (0.5, True)):
             draw_sheet([row(weak)], tmp_path / "sheet.png", class_names={0: "cat"}, threshold=threshold)
             assert shows(tmp_path / "sheet.png", "missed", (0.5, 1)) == missed
+
+    def test_each_model_has_its_own_threshold(self, tmp_path):
+        example = row([(TestOutcomes.first, 0.4, 0), (TestOutcomes.second, 0.9, 0)])
+        both = replace(example, detections={"a": example.detections["model"], "b": example.detections["model"]})
+        thresholds = {"a": 0.3, "b": 0.5}
+        draw_sheet([both], tmp_path / "sheet.png", class_names={0: "cat"}, threshold=thresholds)
+        assert not shows(tmp_path / "sheet.png", "missed", (1 / 3, 2 / 3))
+        assert shows(tmp_path / "sheet.png", "missed", (2 / 3, 1))
 
     def test_nothing_to_draw_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="A sheet needs images and models; it got 0 images"):

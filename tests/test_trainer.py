@@ -16,8 +16,9 @@ from scenes import Scenes, processor
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
 from hf_detrkd import DistillationConfig, DistillationModel, DistillationTrainer
+from hf_detrkd.checkpoints import STATE_NAME
 from hf_detrkd.data import DetectionCollator
-from hf_detrkd.trainer import STATE_NAME, digest
+from hf_detrkd.detectors import digest
 
 KD_DETR = {"general_points": 4}
 
@@ -299,6 +300,14 @@ def test_a_checkpoint_is_the_plain_student_and_its_average(tmp_path):
     assert state["teacher"]["digest"] == digest(run.teacher)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["RTDetrForObjectDetection"]
+
+
+def test_one_process_of_several_saves(tmp_path, monkeypatch):
+    """transformers calls `_save` on every process (5.24), whose files would be written over each other."""
+    run = trainer(tmp_path)
+    monkeypatch.setattr(type(run.args), "should_save", False)
+    run.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
 
 
 def test_another_teacher_is_refused_on_resume(tmp_path):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -112,10 +113,18 @@ class DataArguments:
     )
 
 
-def parse(dataclasses: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+def parse(
+    dataclasses: Sequence[type],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple:
     """The dataclasses filled from ``argv``; ``--config FILE.yaml`` gives defaults that flags override.
 
     A recipe is a flat YAML mapping of flag names to values. Unknown keys are refused with the file's name.
+
+    Args:
+        defaults: values by name of the flag, which the recipe overrides.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -131,7 +140,7 @@ def parse(dataclasses: Sequence[type], argv: Sequence[str] | None = None, descri
     if unknown:
         raise ValueError(f"{recipe.config}: unknown settings {unknown}. `--help` lists the known ones.")
     # Flags of the recipe come first, so that those typed by the user override them.
-    argv = [word for name, value in values.items() for word in _flag(name, value)] + argv
+    argv = [word for name, value in {**(defaults or {}), **values}.items() for word in _flag(name, value)] + argv
     return tuple(parser.parse_args_into_dataclasses(argv)[: len(dataclasses)])  # the rest is --config
 
 

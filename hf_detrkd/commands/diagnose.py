@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from ..config import DistillationConfig
 from ..data import DetectionCollator
+from ..detectors import load_detector
 from ..diagnostics import diagnose
 from ..families import adapter_for
 from ..labels import LabelMap
 from ..reporting.gains import plot_diagnoses
 from ..reporting.summary import TWIN
-from ..trainer import load_detector
 from .arguments import DataArguments, ModelArguments, parse
 from .distill import DistillArguments, Prepared, prepare
 from .grid import TEACHER, Cell, Grid

@@ -22,21 +22,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from accelerate.utils import gather_object
+from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
+from ..detectors import digest, load_detector
 from ..evaluation.detector import evaluate_detector
+from ..labels import LabelMap
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
+from ..reporting.live import WriteReport
+from ..reporting.report import write_report
+from ..reporting.run import TWIN, UNFINISHED
 from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
 from ..reporting.writing import Reports, saving_weights
 from ..students import inherit, make_student
-from ..trainer import DistillationTrainer, digest, load_detector
+from ..trainer import DistillationTrainer
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
-from .records import StepClock, data_of, mean_shares, origin, peak_memory, settings, versions
+from .records import (
+    StepClock,
+    data_of,
+    forget_earlier,
+    mean_shares,
+    name_run,
+    origin,
+    peak_memory,
+    settings,
+    versions,
+    write_unfinished,
+)
 from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
 
 
@@ -57,7 +74,6 @@ class DistillArguments(StudentArguments):
     )
     evaluate_teacher: bool = field(default=True, metadata={"help": "Measure the teacher too."})
     only_teacher: bool = field(default=False, metadata={"help": "Measure the teacher, and train nothing."})
-    sheet_images: int = field(default=8, metadata={"help": "Images on the sheet of detections; 0: no sheet."})
     license: str | None = field(
         default=None, metadata={"help": "The student's license for its model card, such as apache-2.0."}
     )
@@ -152,7 +168,8 @@ def distill(
     """Student, and where asked for its twin, from flags to ``results.json``, curves and an image sheet."""
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
-    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
+    name_run(args)
     if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
         # A wrong token or name shows before hours of training
         args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
@@ -166,6 +183,8 @@ def distill(
         for split, metrics in (("validation", "validation"), (data.test_split, "test")):
             if results["teacher"][metrics]:
                 say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
+        if args.shard_teacher:
+            teacher.to("cpu")  # the trainer shards a copy; the device has no room for a whole one beside it
     recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
     if extra.only_teacher:
         results |= recorded
@@ -174,35 +193,43 @@ def distill(
         return results
 
     distilled = args.method != ["none"]
+    if distilled:
+        results["label_map"] = LabelMap.between(teacher.config.id2label, run.student.config.id2label).rows()
+    results |= recorded
     runs = {"student": (run.student, args, teacher if distilled else None)}
     if extra.with_twin and distilled:
         runs["twin"] = (run.build(), twin_of(args), None)
     histories, models = {}, {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
     reports = Reports()
+    forget_earlier(args)
     for role, (model, arguments, its_teacher) in runs.items():
+        with reports.writing(UNFINISHED):
+            write_unfinished({"student": None, **results}, args)
         say(f"\n{role}: {model.num_parameters() / 1e6:.2f} M parameters, method {'+'.join(arguments.method)}")
         results[role], histories[role] = train(
-            model, arguments, data, processor, its_teacher, run.teacher_processor, reports
+            model, arguments, data, processor, its_teacher, run.teacher_processor, reports, WriteReport(output)
         )
         models[role] = (model, processor)
 
-    results |= recorded
     if args.should_save:
         with reports.writing("results.json"):
             write_json(results, output / "results.json")
+            (output / UNFINISHED).unlink(missing_ok=True)
         with reports.writing("curves.png"):
             plot_curves(histories, output / "curves.png")
-        if extra.sheet_images:
+        if args.sheet_images:
             with reports.writing("sheet.png"):
-                draw_comparison(models, data.test, output / "sheet.png", number=extra.sheet_images)
+                draw_comparison(models, data.test, output / "sheet.png", number=args.sheet_images)
+        with reports.writing("report.html"):
+            write_report(output)
         with reports.writing("README.md"):
             write_card(output, results)
         table = comparison_table(
             {role: results[role]["test"] for role in ("teacher", "twin", "student") if results.get(role)}
         )
         say(
-            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, curves.png, "
-            "sheet.png, README.md"
+            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, report.html, "
+            "curves.png, sheet.png, README.md"
         )
         finish(reports, results, args, say)
     return results
@@ -233,13 +260,20 @@ def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[
                 getattr(run.data, split),
                 batch_size=args.per_device_eval_batch_size,
                 num_workers=args.dataloader_num_workers,
-                mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+                mixed_precision=args.mixed_precision,
             )
     return row
 
 
 def train(
-    model, args: DistillationConfig, data: Data, processor, teacher, teacher_processor, reports: Reports
+    model,
+    args: DistillationConfig,
+    data: Data,
+    processor,
+    teacher,
+    teacher_processor,
+    reports: Reports,
+    *callbacks: TrainerCallback,
 ) -> tuple[dict, list]:
     """Trains one detector and evaluates it on the validation and test splits.
 
@@ -257,7 +291,7 @@ def train(
         eval_dataset=data.validation,
         processing_class=processor,
         teacher_processing_class=teacher_processor,
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
     )
     start = time.perf_counter()
     with saving_weights(args.output_dir, lambda: last_complete_checkpoint(Path(args.output_dir))):
@@ -293,10 +327,11 @@ def twin_of(args: DistillationConfig) -> DistillationConfig:
     """The same settings without a teacher, in the folder ``twin`` of the output folder."""
     twin = copy.deepcopy(args)
     twin.method, twin.method_config, twin.teacher_model_name_or_path = ["none"], None, None
-    twin.output_dir = str(Path(args.output_dir) / "twin")
+    twin.output_dir = str(Path(args.output_dir) / TWIN)
+    name_run(twin, args.run_name)
     twin.push_to_hub = False
     if args.resume_from_checkpoint is not None:
-        twin.resume_from_checkpoint = last_complete_checkpoint(Path(twin.output_dir))
+        twin.resume_from_checkpoint = found_by_all(last_complete_checkpoint(Path(twin.output_dir)))
     return twin
 
 
@@ -317,6 +352,21 @@ def checkpoint_to_resume(wish: str | None, output: Path) -> str | None:
             )
         return None
     return last if str(wish).lower() == "true" else str(wish)
+
+
+def found_by_all(checkpoint: str | None) -> str | None:
+    """The checkpoint, if every process has found one of the same step.
+
+    Raises:
+        ValueError: machines that share no disk would go on from different steps.
+    """
+    found = gather_object([checkpoint])
+    if len({path and Path(path).name for path in found}) > 1:
+        raise ValueError(
+            f"The processes have found different checkpoints to resume from: {', '.join(map(str, found))}. Put --output_dir "
+            "on a disk that all machines share, or let each machine write its own (--save_on_each_node true)."
+        )
+    return checkpoint
 
 
 def last_complete_checkpoint(output: Path) -> str | None:

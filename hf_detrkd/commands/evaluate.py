@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data import DetectionDataset
+from ..detectors import load_detector
 from ..evaluation.detector import evaluate_detector
 from ..reporting.table import class_table, comparison_table
-from ..trainer import load_detector
 from .arguments import DataArguments, ModelArguments, parse
 from .records import versions
 from .setup import build_image_processor, load_data, write_json

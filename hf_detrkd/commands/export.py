@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data import DetectionDataset
+from ..detectors import load_detector
 from ..evaluation.agreement import measure, torch_detector
 from ..evaluation.cost import environment
 from ..export import OnnxDetector, export_onnx
 from ..reporting.table import comparison_table
-from ..trainer import load_detector
 from .arguments import DataArguments, ModelArguments, parse
 from .setup import build_image_processor, load_data, write_json
 

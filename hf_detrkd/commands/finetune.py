@@ -19,11 +19,15 @@ from ..config import DistillationConfig
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
+from ..reporting.live import WriteReport
+from ..reporting.report import write_report
+from ..reporting.run import UNFINISHED
+from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
 from ..reporting.writing import Reports
 from .arguments import DataArguments, ModelArguments, parse
-from .distill import checkpoint_to_resume, origins, train
-from .records import settings, versions
+from .distill import checkpoint_to_resume, found_by_all, origins, train
+from .records import data_of, forget_earlier, name_run, settings, versions, write_unfinished
 from .setup import augment, build_detector, build_image_processor, load_data, write_json
 
 
@@ -44,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_arguments, data_arguments, args = parse((ModelArguments, DataArguments, FinetuneConfig), argv, __doc__)
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
-    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
+    name_run(args)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
     with args.main_process_first(desc="data set"):
@@ -55,19 +60,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     augment(data, data_arguments, processor)
     say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(data.train)} training images")
     reports = Reports()
-    row, history = train(model, args, data, processor, None, None, reports)
-    results = {"model": row, "settings": settings(model_arguments, data_arguments, args), "versions": versions()}
-    results |= origins(model_arguments, data_arguments)
+    results = {"model": None, "settings": settings(model_arguments, data_arguments, args), "versions": versions()}
+    results |= origins(model_arguments, data_arguments) | {"data": data_of(data)}
+    forget_earlier(args)
+    with reports.writing(UNFINISHED):
+        write_unfinished(results, args)
+    results["model"], history = train(model, args, data, processor, None, None, reports, WriteReport())
     if args.should_save:
         with reports.writing("results.json"):
             write_json(results, output / "results.json")
+            (output / UNFINISHED).unlink(missing_ok=True)
         with reports.writing("curves.png"):
             plot_curves({"model": history}, output / "curves.png")
+        if args.sheet_images:
+            with reports.writing("sheet.png"):
+                draw_comparison(
+                    {"model": (model, processor)}, data.test, output / "sheet.png", number=args.sheet_images
+                )
+        with reports.writing("report.html"):
+            write_report(output)
         with reports.writing("README.md"):
             write_card(output, results)
-        say(
-            f"\nCOCO AP on {data.test_split}, in points\n{comparison_table({'model': row['test']})}\n\nwritten to {output}"
-        )
+        table = comparison_table({"model": results["model"]["test"]})
+        say(f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}")
         finish(reports, results, args, say)
     return results
 

@@ -23,10 +23,10 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data import DetectionDataset, load_detection_dataset
+from ..detectors import load_detector
 from ..evaluation.cost import ROUNDS, WARMUP, Latency, environment, latencies
 from ..export import OnnxDetector, export_onnx, fixed_size
 from ..reporting.table import text_table
-from ..trainer import load_detector
 from .arguments import parse
 from .predict import best_device
 from .setup import write_json

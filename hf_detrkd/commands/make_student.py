@@ -18,10 +18,10 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..detectors import load_detector
 from ..evaluation.cost import environment, flops, latencies
 from ..reporting.table import text_table
 from ..students import make_student
-from ..trainer import load_detector
 from .arguments import StudentArguments, parse
 from .setup import write_json
 
@@ -71,11 +71,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def cost_rows(
-    models: dict[str, tuple[PreTrainedModel, BaseImageProcessor]], rounds: int, side: int = 640
+    models: dict[str, tuple[PreTrainedModel, BaseImageProcessor]], rounds: int, image: torch.Tensor | None = None
 ) -> dict[str, dict[str, Any]]:
-    """By role: parameters, FLOPs and (where ``rounds`` is not 0) latency of one image, of ``side`` pixels before the
-    processor."""
-    image = torch.zeros(3, side, side, dtype=torch.uint8)
+    """By role: parameters, FLOPs and (where ``rounds`` is not 0) latency of one image, in turn.
+
+    Args:
+        image: (3, H, W) uint8 before the processor; by default a black one of 640 x 640.
+    """
+    if image is None:
+        image = torch.zeros(3, 640, 640, dtype=torch.uint8)
     inputs = {}
     for role, (model, processor) in models.items():
         encoded = processor(images=[image], return_tensors="pt")

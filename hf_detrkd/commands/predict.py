@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..detectors import load_detector
 from ..reporting.boxes import draw_boxes
-from ..trainer import load_detector
 from .arguments import ModelArguments, parse
 from .setup import build_image_processor, write_json
 

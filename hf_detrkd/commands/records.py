@@ -15,8 +15,9 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import TrainerCallback
 
 from ..config import DistillationConfig
+from ..reporting.run import STATE, TWIN, UNFINISHED
 from ..reporting.versions import versions
-from .setup import Data
+from .setup import Data, write_json
 
 
 class StepClock(TrainerCallback):
@@ -85,4 +86,36 @@ def origin(name_or_path: str, revision: str | None, cache_dir: str | None) -> di
     return {"name_or_path": name_or_path, "revision": Path(file).parent.name if isinstance(file, str) else None}
 
 
-__all__ = ["StepClock", "data_of", "mean_shares", "origin", "peak_memory", "settings", "versions"]
+def name_run(args: DistillationConfig, of: str | None = None) -> None:
+    """A name for the trackers, by default the folder's; a twin's is that of its run with "-twin" behind.
+
+    Without one, trackers would take the evaluation after the training, or the twin, for another run or for the same.
+    """
+    args.run_name = f"{of}-twin" if of else args.run_name or Path(args.output_dir).as_posix().replace("/", "-")
+
+
+def forget_earlier(args: DistillationConfig) -> None:
+    """Removes what would pass for this run's: the states of an earlier one in the same folder, unless it goes on."""
+    if args.should_save and args.resume_from_checkpoint is None:
+        for folder in (Path(args.output_dir), Path(args.output_dir) / TWIN):
+            (folder / STATE).unlink(missing_ok=True)
+
+
+def write_unfinished(results: dict[str, Any], args: DistillationConfig) -> None:
+    """What is known of the results by now, for whoever watches the run."""
+    if args.should_save:
+        write_json(results, Path(args.output_dir) / UNFINISHED)
+
+
+__all__ = [
+    "StepClock",
+    "data_of",
+    "forget_earlier",
+    "mean_shares",
+    "name_run",
+    "origin",
+    "peak_memory",
+    "settings",
+    "versions",
+    "write_unfinished",
+]

@@ -13,7 +13,8 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..data.collator import DetectionCollator
 from ..labels import LabelMap
-from .streaming import StreamingCocoMetrics, pack_detections, pack_references
+from .coco_detection.coco_evaluator import CocoEvaluator
+from .streaming import StreamingCocoMetrics, flatten, pack_detections, pack_references
 
 
 def evaluate_detector(
@@ -40,6 +41,29 @@ def evaluate_detector(
     Returns:
         ``map``, ``map_50``, ... and ``map_<class>``, in [0, 1].
     """
+    evaluator = evaluated(
+        model,
+        image_processor,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        backend=backend,
+        mixed_precision=mixed_precision,
+    )
+    return flatten(evaluator.compute())
+
+
+def evaluated(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    dataset,
+    *,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    backend: str = "auto",
+    mixed_precision: str = "no",
+) -> CocoEvaluator:
+    """A detector's detections on a data set beside its objects; arguments as in `evaluate_detector`."""
     accelerator = Accelerator(mixed_precision=mixed_precision)
     lookup = label_lookup(model, dataset.id2label).to(accelerator.device)
     loader = DataLoader(
@@ -49,7 +73,6 @@ def evaluate_detector(
     was_training = model.training
     model = model.to(accelerator.device).eval()
     metrics = StreamingCocoMetrics([dataset.id2label[i] for i in range(len(dataset.id2label))], backend=backend)
-    result: dict[str, float] = {}
     with torch.no_grad():
         for batch in loader:
             targets = batch.pop("labels")
@@ -57,10 +80,9 @@ def evaluate_detector(
             tensors = pack_detections(detections), pack_references(targets)
             tensors = accelerator.pad_across_processes(tensors, dim=1, pad_index=-100)
             predictions, references = accelerator.gather_for_metrics(tensors)
-            last = accelerator.gradient_state.end_of_dataloader
-            result = metrics(EvalPrediction(predictions=predictions, label_ids=references), compute_result=last)
+            metrics(EvalPrediction(predictions=predictions, label_ids=references), compute_result=False)
     model.train(was_training)
-    return result
+    return metrics.evaluator
 
 
 def label_lookup(model: PreTrainedModel, id2label: Mapping[int, str]) -> torch.Tensor:

@@ -41,8 +41,8 @@ class DetrAdapter(FamilyAdapter):
             "Learn an embedding of the box, or take a family with boxes or centres in its queries."
         )
 
-    def _check_call(self, attentions: bool) -> None:
-        super()._check_call(attentions)
+    def check_call(self, attentions: bool) -> None:
+        super().check_call(attentions)
         layerdrop = self.model.config.decoder_layerdrop
         if self.model.training and layerdrop > 0:
             raise ValueError(

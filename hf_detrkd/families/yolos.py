@@ -60,6 +60,11 @@ class YolosAdapter(FamilyAdapter):
     def feature_module(self) -> nn.Module:
         return self.layers[0].layernorm_before
 
+    @property
+    def before_decoder(self) -> tuple[nn.Module, ...]:
+        """Every layer but the last, in which views look."""
+        return tuple(self.decoder.layer[:-1])
+
     def feature_maps(self, output: Tensor) -> tuple[Tensor, ...]:
         arguments, patch = self._call.arguments, self.model.config.patch_size
         grid = arguments["height"] // patch, arguments["width"] // patch
@@ -102,11 +107,6 @@ class YolosAdapter(FamilyAdapter):
             return AttentionMaps("dense", (share,))
 
         return over(slice(-number, None)), over(slice(1, -number))
-
-    def compile(self) -> None:
-        """torch.compile of every layer but the last, in which views look."""
-        for layer in self.decoder.layer[:-1]:
-            layer.compile()
 
     def replay(self, view: DetrView, groups: Sequence[Queries], detach_memory: bool = False) -> tuple[DetrView, ...]:
         raise ValueError(

@@ -53,10 +53,10 @@ def model_card(
     """
     row = student_row(results)
     split, metrics = measured(results, row)
-    dataset, dataset_id = _dataset(results)
+    dataset, dataset_id = dataset_of(results)
     name = repo_id.rstrip("/").split("/")[-1]
     methods = [method for method in row["method"].split("+") if method != "none"]
-    license = metadata.pop("license", None) or _setting(results, "DistillArguments", "license")
+    license = metadata.pop("license", None) or setting(results, "DistillArguments", "license")
     more_tags = metadata.pop("tags", None) or ()
     tags = [*TAGS, *(["knowledge-distillation"] if methods else []), *methods, *_list(row.get("model_type"))]
     data = ModelCardData(
@@ -105,7 +105,7 @@ def model_card(
         size=_size_table({role: its for role, its in rows.items() if its and role != "twin"}),
         pictures=[(PICTURES[file], file) for file in pictures],
         data=_data(results, row),
-        settings=_settings_table(results),
+        settings=text_table(["setting", "value"], settings_rows(results), markdown=True),
         method_config=_method_config(results) if methods else None,
         methods=[_method(method) for method in methods] or [{"text": "None: trained without a teacher."}],
         versions="\n".join(f"- {package}: {its}" for package, its in results.get("versions", {}).items()),
@@ -142,7 +142,7 @@ def write_card(
     if "student" not in results and "model" not in results:
         raise ValueError(f"The results of {folder} are of no training: they have {sorted(results)}, and no student.")
     output = folder / "README.md" if output is None else Path(output)
-    repo_id = repo_id or _setting(results, "DistillationConfig", "hub_model_id") or folder.as_posix()
+    repo_id = repo_id or setting(results, "DistillationConfig", "hub_model_id") or folder.as_posix()
     pictures = [file for file in PICTURES if (output.parent / file).is_file()]
     card = model_card(results, repo_id, pictures, **metadata)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def _twin(results: Mapping[str, Any], methods: Sequence[str], shown: Mapping[str
             "**No twin was trained**, which would be the same student without the teacher. So these numbers don't say what "
             "distillation added. `--with_twin true` trains it."
         )
-    seed = _setting(results, "DistillationConfig", "seed")
+    seed = setting(results, "DistillationConfig", "seed")
     return (
         "The twin is the same student with the same first weights, data and schedule, trained without the teacher: what "
         f"distillation added is the last row. It is one run{'' if seed is None else f', of seed {seed}'}; another seed "
@@ -229,8 +229,8 @@ def _data(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         place = _code_or_link(start["name_or_path"], _hub_id(start))
         revision = f" at revision `{start['revision']}`" if start.get("revision") else ""
         parts.append(f"Started from {place}{revision}.")
-    elif _setting(results, "ModelArguments", "config_name"):
-        backbone = _setting(results, "ModelArguments", "backbone_weights")
+    elif setting(results, "ModelArguments", "config_name"):
+        backbone = setting(results, "ModelArguments", "backbone_weights")
         trained = f" with the backbone of `{Path(backbone).name}`" if backbone else ""
         parts.append(f"Started from random weights{trained}.")
     if row.get("steps") and row.get("train_seconds") and not row.get("resumed_from"):
@@ -242,20 +242,23 @@ def _data(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _settings_table(results: Mapping[str, Any]) -> str:
+def settings_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Name and value of the `SETTINGS` that a run has, and of its augmentation."""
     rows = []
     for group, names in SETTINGS.items():
         for name in names:
-            value = _setting(results, group, name)
+            value = setting(results, group, name)
             if value is not None and value is not False and not (name == "max_steps" and value < 0):
                 rows.append([name, f"{value:g}" if isinstance(value, float) else str(value)])
     augmentation = results.get("data", {}).get("augmentation") or {}
-    rows += [[f"augmentation: {name}", str(value)] for name, value in augmentation.items() if value is not None]
-    return text_table(["setting", "value"], rows, markdown=True)
+    return [
+        *rows,
+        *([f"augmentation: {name}", str(value)] for name, value in augmentation.items() if value is not None),
+    ]
 
 
 def _method_config(results: Mapping[str, Any]) -> str | None:
-    config = _setting(results, "DistillationConfig", "method_config")
+    config = setting(results, "DistillationConfig", "method_config")
     return json.dumps(config, indent=2) if config else None
 
 
@@ -272,9 +275,9 @@ def _images(results: Mapping[str, Any], split: str) -> str:
     return f" ({images['test' if split != 'validation' else split]} images)" if images else ""
 
 
-def _dataset(results: Mapping[str, Any]) -> tuple[str, str | None]:
+def dataset_of(results: Mapping[str, Any]) -> tuple[str, str | None]:
     """A data set's name, and its id where it is on the Hub."""
-    name = _setting(results, "DataArguments", "dataset_name") or "the evaluation data"
+    name = setting(results, "DataArguments", "dataset_name") or "the evaluation data"
     if results.get("dataset_on_hub"):
         return name, name
     return name.partition(":")[0].rstrip("/").split("/")[-1], None
@@ -289,7 +292,8 @@ def _code_or_link(name: str, hub_id: str | None, kind: str = "") -> str:
     return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})" if hub_id else f"`{name}`"
 
 
-def _setting(results: Mapping[str, Any], group: str, name: str) -> Any:
+def setting(results: Mapping[str, Any], group: str, name: str) -> Any:
+    """A flag of the run; None where it has none of that name."""
     groups = results.get("settings", {})
     if group == "DistillationConfig" and "FinetuneConfig" in groups:
         group = "FinetuneConfig"

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 History = Sequence[Mapping[str, Any]]
-Series = dict[tuple[str, str], tuple[list[int], list[float]]]
+Series = dict[tuple[str, str], tuple[list[float], list[float]]]
 
 # Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -62,8 +62,9 @@ def plot_curves(histories: Mapping[str, History], path: str | Path) -> bool:
     return True
 
 
-def series_of(histories: Mapping[str, History], panel: Panel) -> Series:
-    """By run and quantity, the steps and the values that ``panel`` shows; what is not finite is left out."""
+def series_of(histories: Mapping[str, History], panel: Panel, x: str = "step") -> Series:
+    """By run and quantity, the steps (or another ``x`` that is logged, such as ``seconds``) and the values that ``panel``
+    shows; what is not finite is left out."""
     series: Series = {}
     for run, history in histories.items():
         distilled = any(key.startswith("kd_") for entry in history for key in entry)
@@ -71,9 +72,9 @@ def series_of(histories: Mapping[str, History], panel: Panel) -> Series:
             for key, value in entry.items():
                 if key == "detection_loss" and not distilled:
                     continue  # the same as the loss
-                if panel.shows(key) and math.isfinite(value):
+                if panel.shows(key) and x in entry and math.isfinite(value):
                     steps, values = series.setdefault((run, key), ([], []))
-                    steps.append(entry["step"])
+                    steps.append(entry[x])
                     values.append(panel.factor * value)
     return series
 

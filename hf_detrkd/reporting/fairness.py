@@ -29,6 +29,7 @@ HARMLESS = frozenset(
         "run_name",
         "save_total_limit",
         "sheet_images",
+        "sheet_steps",
     }
 )
 """Settings that change no number of a result."""

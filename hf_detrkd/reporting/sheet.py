@@ -26,7 +26,7 @@ PANEL_INCHES, DPI = 3.6, 120  # panels are 432 pixels wide
 
 @dataclass(frozen=True)
 class Kind:
-    """How a box of one kind is drawn; kinds differ in colour and, for misses and crowds, in line style."""
+    """How a box of one kind is drawn; kinds differ in colour and, but for objects and hits, in line style."""
 
     label: str
     color: str
@@ -39,17 +39,15 @@ KINDS = {
     "object": Kind("object", "#0072B2"),
     "crowd": Kind("crowd region (not counted)", "#999999", ":"),
     "hit": Kind("hit: right class, IoU of 0.5 or more", "#009E73"),
-    "false": Kind("false detection", "#D55E00"),
+    "false": Kind("false detection", "#D55E00", "-."),
     "missed": Kind("missed object", "#F0E442", "--", "black"),
 }
 
 
 @dataclass(frozen=True)
-class SheetRow:
-    """One image with its objects and what models found in it. Boxes are x1, y1, x2, y2 in pixels of the image."""
+class Scene:
+    """The objects of one image and what models found in it. Boxes are x1, y1, x2, y2 in pixels of the image."""
 
-    image: torch.Tensor
-    """(3, H, W) uint8."""
     boxes: torch.Tensor
     """(N, 4) of the objects."""
     labels: torch.Tensor
@@ -58,6 +56,16 @@ class SheetRow:
     """(N,) bool: a region with many objects, where detections are neither right nor wrong."""
     detections: Mapping[str, Mapping[str, torch.Tensor]]
     """By model, ``boxes`` (n, 4), ``scores`` (n,) and ``labels`` (n,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SheetRow(Scene):
+    """A scene that is drawn."""
+
+    image: torch.Tensor
+    """(3, H, W) uint8."""
+    caption: str = ""
+    """Beside the row."""
 
 
 def draw_comparison(
@@ -80,23 +88,52 @@ def draw_comparison(
     Raises:
         ValueError: if there is no image or no model to draw.
     """
+    items = spread(dataset, number)
+    found = {title: find(items, model, processor, dataset.id2label) for title, (model, processor) in models.items()}
+    draw_sheet(sheet_rows(items, found), path, class_names=dataset.id2label, threshold=threshold)
+
+
+def spread(dataset, number: int) -> list[dict]:
+    """So many items of a data set, spread evenly over it: the same ones every time."""
     number = min(number, len(dataset))
-    chosen = [round(index) for index in np.linspace(0, len(dataset) - 1, number)]
-    items = [dataset[index] for index in chosen]
-    found = {
-        title: _detections(model, processor, items, dataset.id2label) for title, (model, processor) in models.items()
-    }
-    rows = [
+    return [dataset[round(index)] for index in np.linspace(0, len(dataset) - 1, number)]
+
+
+def find(
+    items: Sequence[Mapping],
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    id2label: Mapping[int, str],
+) -> list[dict[str, torch.Tensor]]:
+    """All detections in the items, with the data set's labels, on the CPU. The model is left in the mode it was in."""
+    batch = DetectionCollator(image_processor)(items)
+    targets = batch.pop("labels")
+    pixels = {name: value.to(model.device) for name, value in batch.items()}
+    targets = [{name: value.to(model.device) for name, value in target.items()} for target in targets]
+    was_training = model.training
+    with torch.no_grad():
+        found = detect(model.eval(), image_processor, pixels, targets, label_lookup(model, id2label).to(model.device))
+    model.train(was_training)
+    return [{name: value.cpu() for name, value in detections.items()} for detections in found]
+
+
+def sheet_rows(items: Sequence[Mapping], found: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> list[SheetRow]:
+    """The rows of a sheet.
+
+    Args:
+        items: of a `DetectionDataset`.
+        found: by title of the column, what `find` returns for these items.
+    """
+    return [
         SheetRow(
             image=item["image"],
             boxes=item["target"]["boxes"],
             labels=item["target"]["labels"],
             crowd=item["target"]["iscrowd"].bool(),
-            detections={title: found[title][row] for title in models},
+            detections={title: detections[row] for title, detections in found.items()},
         )
         for row, item in enumerate(items)
     ]
-    draw_sheet(rows, path, class_names=dataset.id2label, threshold=threshold)
 
 
 def draw_sheet(
@@ -104,19 +141,20 @@ def draw_sheet(
     path: str | Path,
     *,
     class_names: Mapping[int, str],
-    threshold: float | None = None,
+    threshold: float | Mapping[str, float] | None = None,
 ) -> None:
     """Writes a PNG: one row per image; first column the ground truth, then each model's detections.
 
-    Hits, false detections, missed objects and crowd regions differ in colour and line; a detection is a hit as in
-    `classify`. Small images are enlarged.
+    Hits, false detections, missed objects and crowd regions differ in colour and line, and are counted below each image; a
+    detection is a hit as in `classify`. Small images are enlarged.
 
     Args:
         rows: the images; all with detections of the same models.
         path: of the picture; its folder is made.
         class_names: by label.
-        threshold: draw detections with this score or more. None: for each model the score with the best F1 on these
-            images, since the scores of different models don't mean the same; it stands in the column's title.
+        threshold: draw detections with this score or more; one for all models, or one for each. None: for each model the
+            score with the best F1 on these images, since the scores of different models don't mean the same; it stands in the
+            column's title.
 
     Raises:
         ValueError: if there are no rows or no models.
@@ -130,15 +168,20 @@ def draw_sheet(
     panels = figure.subplots(len(rows), 1 + len(titles), squeeze=False, height_ratios=heights)
     for axes, row in zip(panels[:, 0], rows, strict=True):
         _show(axes, row)
+        axes.set_ylabel(row.caption)
         for box, label, crowd in zip(row.boxes.tolist(), row.labels.tolist(), row.crowd.tolist(), strict=True):
             draw_box(axes, box, class_names[label], KINDS["crowd" if crowd else "object"])
     panels[0, 0].set_title("ground truth")
     for column, title in enumerate(titles, start=1):
-        least = best_threshold(rows, title, outcomes[title]) if threshold is None else threshold
+        if threshold is None:
+            least = best_threshold(rows, title, outcomes[title])
+        else:
+            least = threshold[title] if isinstance(threshold, Mapping) else threshold
         panels[0, column].set_title(f"{title} (score ≥ {least:.2f})")
         for axes, row, outcome in zip(panels[:, column], rows, outcomes[title], strict=True):
             _show(axes, row)
             _outcome(axes, row, row.detections[title], outcome, class_names, least)
+            axes.set_xlabel(str(count(row, title, outcome, least)), fontsize=8)
     kinds = [kind for name, kind in KINDS.items() if name != "crowd" or any(row.crowd.any() for row in rows)]
     handles = [Line2D([], [], color=kind.color, linestyle=kind.style, lw=2, label=kind.label) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), facecolor="#dddddd")
@@ -156,7 +199,34 @@ class Outcome:
     """(n,) the object of a hit, else -1."""
 
 
-def classify(row: SheetRow, detections: Mapping[str, torch.Tensor]) -> Outcome:
+@dataclass(frozen=True)
+class Counts:
+    """Of one model's boxes in one image, or in many."""
+
+    hits: int
+    missed: int
+    false: int
+
+    @property
+    def errors(self) -> int:
+        return self.missed + self.false
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.hits + other.hits, self.missed + other.missed, self.false + other.false)
+
+    def __str__(self) -> str:
+        return f"{self.hits} hit, {self.missed} missed, {self.false} false"
+
+
+def count(scene: Scene, title: str, outcome: Outcome, least: float) -> Counts:
+    """Of the model ``title``, detections with the score ``least`` or more."""
+    shown = (scene.detections[title]["scores"] >= least).tolist()
+    kinds = [kind for kind, one in zip(outcome.kinds, shown, strict=True) if one]
+    hits = kinds.count("hit")
+    return Counts(hits, int((~scene.crowd).sum()) - hits, kinds.count("false"))
+
+
+def classify(row: Scene, detections: Mapping[str, torch.Tensor]) -> Outcome:
     """Greedy matching as in COCO at IoU 0.5: the best score first, each takes the free object of its class that it
     overlaps most; what then lies in a crowd region of its class by half its area is neither right nor wrong."""
     boxes, labels = detections["boxes"].float().cpu(), detections["labels"].cpu()
@@ -166,15 +236,18 @@ def classify(row: SheetRow, detections: Mapping[str, torch.Tensor]) -> Outcome:
     in_crowd = (torch.where(same & row.crowd, _share_inside(boxes, row.boxes), 0.0) >= MATCH_IOU).any(dim=1)
     kinds = ["crowd" if crowd else "false" for crowd in in_crowd.tolist()]
     objects = [-1] * len(boxes)
+    near = (
+        (overlap >= MATCH_IOU).any(dim=1).tolist()
+    )  # most of a DETR's detections aren't, so they needn't be looked at
     for index in detections["scores"].argsort(descending=True, stable=True).tolist():
-        if overlap.shape[1] and overlap[index].max() >= MATCH_IOU:
+        if near[index] and overlap[index].max() >= MATCH_IOU:
             objects[index] = int(overlap[index].argmax())
             kinds[index] = "hit"
             overlap[:, objects[index]] = 0
     return Outcome(tuple(kinds), tuple(objects))
 
 
-def best_threshold(rows: Sequence[SheetRow], title: str, outcomes: Sequence[Outcome]) -> float:
+def best_threshold(rows: Sequence[Scene], title: str, outcomes: Sequence[Outcome]) -> float:
     """The score from which on the detections of a model have the best F1 over all rows; 0.5 where none is a hit."""
     scores = np.concatenate([row.detections[title]["scores"].float().cpu().numpy() for row in rows])
     kinds = np.array([kind for outcome in outcomes for kind in outcome.kinds])
@@ -186,19 +259,6 @@ def best_threshold(rows: Sequence[SheetRow], title: str, outcomes: Sequence[Outc
     objects = sum(int((~row.crowd).sum()) for row in rows)
     f1 = 2 * hits / (np.arange(1, len(hits) + 1) + objects)
     return float(scores[order][f1.argmax()])
-
-
-def _detections(model, image_processor, items, id2label) -> list[dict[str, torch.Tensor]]:
-    """All detections of the items, in the data set's labels, on the CPU."""
-    batch = DetectionCollator(image_processor)(items)
-    targets = batch.pop("labels")
-    pixels = {name: value.to(model.device) for name, value in batch.items()}
-    targets = [{name: value.to(model.device) for name, value in target.items()} for target in targets]
-    was_training = model.training
-    with torch.no_grad():
-        found = detect(model.eval(), image_processor, pixels, targets, label_lookup(model, id2label).to(model.device))
-    model.train(was_training)
-    return [{name: value.cpu() for name, value in detections.items()} for detections in found]
 
 
 def _share_inside(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:

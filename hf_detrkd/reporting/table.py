@@ -54,13 +54,20 @@ def comparison_table(
         baseline: the model that the others, except ``teacher``, are compared with, where it is among the results.
         markdown: see `text_table`.
     """
+    return text_table(["", *COLUMNS], comparison_rows(results, baseline, teacher), markdown)
+
+
+def comparison_rows(
+    results: Mapping[str, Mapping[str, float]], baseline: str = "twin", teacher: str = "teacher"
+) -> list[list[str]]:
+    """The cells of `comparison_table`: a name, then a number for each of `COLUMNS`."""
     rows = [[name, *(points(metrics.get(key)) for key in COLUMNS.values())] for name, metrics in results.items()]
     if baseline in results:
         for name in results:
             if name not in (baseline, teacher):
                 gains = [difference(results[name].get(key), results[baseline].get(key)) for key in COLUMNS.values()]
                 rows.append([f"{name} - {baseline}", *gains])
-    return text_table(["", *COLUMNS], rows, markdown)
+    return rows
 
 
 def class_table(metrics: Mapping[str, float], *, markdown: bool = False) -> str:
@@ -81,4 +88,6 @@ def points(value: float | None) -> str:
 
 def difference(value: float | None, base: float | None) -> str:
     """``value - base`` in points, with its sign."""
-    return "-" if value is None or base is None or math.isnan(value - base) else f"{100 * (value - base):+.1f}"
+    if value is None or base is None or math.isnan(value - base):
+        return "-"
+    return f"{round(100 * (value - base), 1) + 0.0:+.1f}"  # + 0.0: no -0.0

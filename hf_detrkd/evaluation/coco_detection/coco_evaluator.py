@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,47 @@ _BACKENDS = {
     "faster_coco_eval": ("faster_coco_eval", "COCOeval_faster"),
     "pycocotools": ("pycocotools.cocoeval", "COCOeval"),
 }
+
+
+@dataclass(frozen=True)
+class Tables:
+    """COCO's precision and recall before any mean is taken; -1 where there is nothing to find, as in pycocotools.
+
+    T: the 10 IoU thresholds 0.50, 0.55, ..., 0.95. The areas are `AREAS`; the last axis is with 1, 10 and 100 detections of
+    each class and image.
+    """
+
+    class_names: tuple[str, ...]
+    """K names."""
+    precision: np.ndarray
+    """(T, 101, K, 4, 3) at the recalls 0, 0.01, ..., 1: the best that is reached at this recall or a higher one."""
+    recall: np.ndarray
+    """(T, K, 4, 3)."""
+
+    def metrics(self) -> dict[str, Any]:
+        """The means, as `CocoEvaluator.compute` describes them."""
+        precision, recall = self.precision, self.recall
+        metrics = {"map": _mean(precision[..., 0, 2])}
+        metrics |= {"map_50": _mean(precision[0, ..., 0, 2]), "map_75": _mean(precision[5, ..., 0, 2])}
+        metrics |= {f"map_{area}": _mean(precision[..., a, 2]) for a, area in enumerate(AREAS) if area != "all"}
+        metrics |= {f"mar_{most}": _mean(recall[..., 0, m]) for m, most in enumerate((1, 10, MAX_DETECTIONS))}
+        metrics["map_per_class"] = {name: _mean(precision[:, :, k, 0, 2]) for k, name in enumerate(self.class_names)}
+        metrics["mar_100_per_class"] = {name: _mean(recall[:, k, 0, 2]) for k, name in enumerate(self.class_names)}
+        return metrics
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which detections of one class found an object: what its AP is accumulated from. I images, n detections, best first."""
+
+    image: np.ndarray
+    """(n,) index of the image in the order of the ids."""
+    hit: np.ndarray
+    """(10, n) bool, at the IoU thresholds of `Tables`."""
+    counted: np.ndarray
+    """(10, n) bool; others lie in a crowd region and are neither right nor wrong."""
+    objects: np.ndarray
+    """(I,) number of objects in each image, crowds aside."""
 
 
 class CocoEvaluator:
@@ -49,6 +91,18 @@ class CocoEvaluator:
     def __len__(self) -> int:
         """Number of images added."""
         return len(self._images)
+
+    @property
+    def image_ids(self) -> list[Hashable]:
+        """Of the images added, in order."""
+        return sorted(self._images)
+
+    def __getitem__(self, image_id: Hashable) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Prediction and reference of an image as `add` takes them, without the detections that COCO never looks at."""
+        found, wanted = self._images[image_id]
+        prediction = {"labels": found[:, 0].astype(int), "scores": found[:, 1], "boxes": found[:, 2:]}
+        reference = {"labels": wanted[:, 0].astype(int), "boxes": wanted[:, 1:5]}
+        return prediction, reference | {"area": wanted[:, 5], "iscrowd": wanted[:, 6].astype(int)}
 
     def reset(self) -> None:
         """Forgets all images."""
@@ -87,28 +141,60 @@ class CocoEvaluator:
             name of the class. NaN where there is nothing to find, where pycocotools says -1: a class or a size
             without a reference box (crowds aside). Such classes don't take part in the means, as in pycocotools.
         """
-        images = sorted(self._images)
-        detections = _stack([self._images[image][0] for image in images], 6)
-        references = _stack([self._images[image][1] for image in images], 7)
-        labels = [int(label) for label in np.unique(references[:, 1])] if self.class_names is None else self.class_names
-        # IoU thresholds, recall thresholds, classes, areas, numbers of detections; -1 as pycocotools fills them.
-        precision = np.full((10, 101, len(labels), len(AREAS), 3), -1.0)
-        recall = np.full((10, len(labels), len(AREAS), 3), -1.0)
+        return self.tables().metrics()
+
+    def tables(self) -> Tables:
+        """Of all images added: what `compute` takes the means of."""
         # COCO never compares classes, so they are taken one by one, each with the images it occurs in: the same
         # numbers, and the backend's dictionaries exist for one class at a time.
-        for k, label in enumerate(labels):
-            wanted = references[references[:, 1] == label]
+        classes = list(self._by_class())
+        precision = np.full((10, 101, len(classes), len(AREAS), 3), -1.0)
+        recall = np.full((10, len(classes), len(AREAS), 3), -1.0)
+        for k, (_, found, wanted) in enumerate(classes):
             if len(wanted):
-                precision[:, :, k], recall[:, k] = self._tables(detections[detections[:, 1] == label], wanted)
+                evaluation = self._evaluation(self._coco, self._coco_eval, found, wanted)
+                with _silence():
+                    evaluation.evaluate()
+                    evaluation.accumulate()
+                precision[:, :, k] = evaluation.eval["precision"][:, :, 0]
+                recall[:, k] = evaluation.eval["recall"][:, 0]
+        return Tables(tuple(name for name, *_ in classes), precision, recall)
 
-        names = [str(label) if self.class_names is None else self.class_names[label] for label in labels]
-        metrics = {"map": _mean(precision[..., 0, 2])}
-        metrics |= {"map_50": _mean(precision[0, ..., 0, 2]), "map_75": _mean(precision[5, ..., 0, 2])}
-        metrics |= {f"map_{area}": _mean(precision[..., a, 2]) for a, area in enumerate(AREAS) if area != "all"}
-        metrics |= {f"mar_{most}": _mean(recall[..., 0, m]) for m, most in enumerate((1, 10, MAX_DETECTIONS))}
-        metrics["map_per_class"] = {name: _mean(precision[:, :, k, 0, 2]) for k, name in enumerate(names)}
-        metrics["mar_100_per_class"] = {name: _mean(recall[:, k, 0, 2]) for k, name in enumerate(names)}
-        return metrics
+    def matches(self) -> list[Matches]:
+        """Of all images added, class by class. It is pycocotools that matches: the faster backend doesn't say what it did."""
+        _, coco, coco_eval = _load_backend("pycocotools")
+        return [
+            self._matches(self._evaluation(coco, coco_eval, found, wanted), wanted)
+            for _, found, wanted in self._by_class()
+        ]
+
+    def _matches(self, evaluation, references: np.ndarray) -> Matches:
+        parameters = evaluation.params
+        parameters.areaRng, parameters.areaRngLbl = parameters.areaRng[:1], parameters.areaRngLbl[:1]
+        with _silence():
+            evaluation.evaluate()
+        images = [one for one in evaluation.evalImgs if one is not None]
+        scores = np.concatenate([np.zeros(0), *(one["dtScores"] for one in images)])
+        order = np.argsort(-scores, kind="stable")
+        nothing = np.zeros((10, 0))
+        matched, ignored = (
+            np.concatenate([nothing, *(one[name] for one in images)], axis=1)[:, order].astype(bool)
+            for name in ("dtMatches", "dtIgnore")
+        )
+        image = np.repeat([one["image_id"] - 1 for one in images], [len(one["dtScores"]) for one in images])
+        wanted = references[references[:, 7] == 0, 0].astype(int) - 1
+        objects = np.bincount(wanted, minlength=len(self))
+        return Matches(image.astype(int)[order], matched & ~ignored, ~ignored, objects)
+
+    def _by_class(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Name, detections and references of every class; first column: the image's number, from 1 in the order of the ids."""
+        images = [self._images[image] for image in self.image_ids]
+        detections, references = _stack([found for found, _ in images], 6), _stack([wanted for _, wanted in images], 7)
+        names = self.class_names
+        if names is None:
+            names = {int(label): str(int(label)) for label in np.unique(references[:, 1])}
+        for label, name in names.items():
+            yield name, detections[detections[:, 1] == label], references[references[:, 1] == label]
 
     def _prediction(self, image_id: Hashable, prediction: Mapping[str, Any]) -> np.ndarray:
         """(n, 6): label, score, x1, y1, x2, y2."""
@@ -144,30 +230,15 @@ class CocoEvaluator:
             raise ValueError(f"{where} has the label {labels[wrong][0]:g}; known are {classes}.")
         return labels, _array(where, values, "boxes", (len(labels), 4))
 
-    def _tables(self, detections: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """COCO's precision (10, 101, 4, 3) and recall (10, 4, 3) of one class."""
+    def _evaluation(self, coco, coco_eval, detections: np.ndarray, references: np.ndarray):
+        """The backend's `COCOeval` of one class, before it has run."""
         found = _annotations(detections[:, 0], detections[:, 3:], score=detections[:, 2])
         wanted = _annotations(
             references[:, 0], references[:, 2:6], area=references[:, 6], iscrowd=references[:, 7].astype(int)
         )
         images = np.union1d(detections[:, 0], references[:, 0])
-        # The backends print their progress; a run's output is the caller's.
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco_eval = self._coco_eval(self._dataset(images, wanted), self._dataset(images, found), "bbox")
-            coco_eval.evaluate()
-            coco_eval.accumulate()
-        return coco_eval.eval["precision"][:, :, 0], coco_eval.eval["recall"][:, 0]
-
-    def _dataset(self, images: np.ndarray, annotations: list[dict]):
-        """A `COCO` object of one class, made without a file."""
-        dataset = self._coco()
-        dataset.dataset = {
-            "images": [{"id": int(image)} for image in images],
-            "annotations": annotations,
-            "categories": [{"id": 1, "name": "the class at hand"}],
-        }
-        dataset.createIndex()
-        return dataset
+        with _silence():
+            return coco_eval(_dataset(coco, images, wanted), _dataset(coco, images, found), "bbox")
 
 
 def best_per_class(detections: np.ndarray) -> np.ndarray:
@@ -181,6 +252,23 @@ def best_per_class(detections: np.ndarray) -> np.ndarray:
     _, first, counts = np.unique(detections[:, 0], return_index=True, return_counts=True)
     rank = np.arange(len(detections)) - np.repeat(first, counts)
     return detections[rank < MAX_DETECTIONS]
+
+
+def _dataset(coco, images: np.ndarray, annotations: list[dict]):
+    """A `COCO` object of one class, made without a file."""
+    dataset = coco()
+    dataset.dataset = {
+        "images": [{"id": int(image)} for image in images],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "the class at hand"}],
+    }
+    dataset.createIndex()
+    return dataset
+
+
+def _silence() -> contextlib.AbstractContextManager:
+    """The backends print their progress; a run's output is the caller's."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _load_backend(name: str) -> tuple[str, Any, Any]:

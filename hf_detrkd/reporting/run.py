@@ -1,0 +1,91 @@
+"""A run as it lies on disk, finished or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .curves import History
+
+UNFINISHED = "unfinished.json"
+"""What ``results.json`` will hold, as far as it is known. It is there while the run isn't finished."""
+STATE = "trainer_state.json"
+TWIN = "twin"
+"""The twin's folder in that of its run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has written down. ``role`` is "student", or "model" where there is no teacher; "twin" is the other one."""
+
+    folder: Path
+    finished: bool
+    role: str
+    results: Mapping[str, Any]
+    """As in ``results.json``. A detector that isn't evaluated yet has the validation metrics of its last evaluation."""
+    states: Mapping[str, Mapping[str, Any]]
+    """By role, Trainer's state at its last evaluation or at its end."""
+
+    @property
+    def histories(self) -> dict[str, History]:
+        """By role, Trainer's log history."""
+        return {role: state["log_history"] for role, state in self.states.items()}
+
+    @property
+    def training(self) -> str | None:
+        """The role that is in training."""
+        if self.finished:
+            return None
+        return TWIN if self.results[self.role].get("test") else self.role
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the distillation methods."""
+        named = self.results[self.role].get("method")
+        config = self.results.get("settings", {}).get("DistillationConfig", {})
+        names = named.split("+") if named else config.get("method", [])
+        return [name for name in names if name != "none"]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads the folder of `distill` or `finetune`, or of any `DistillationTrainer`, at any time.
+
+    Raises:
+        ValueError: it has neither results nor a state of Trainer's.
+    """
+    folder = Path(folder)
+    unfinished, finished = folder / UNFINISHED, folder / "results.json"
+    file = unfinished if unfinished.is_file() else finished
+    results = json.loads(file.read_text()) if file.is_file() else {"student": None}
+    role = "student" if "student" in results else "model"
+    states = {name: state for name, its in ((role, folder), (TWIN, folder / TWIN)) if (state := _state(its))}
+    if not file.is_file() and not states:
+        raise ValueError(
+            f"{folder} is not the folder of a run: it has no results.json, no {UNFINISHED} and no {STATE}. A run writes them "
+            "at its first evaluation."
+        )
+    rows = {
+        name: results.get(name) or _so_far(states.get(name))
+        for name in (role, *(name for name in states if name != role))
+    }
+    results = {key: value for key, value in results.items() if value is not None} | rows
+    return Run(folder, file == finished and finished.is_file(), role, results, states)
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    """Trainer's state: the folder's own, or that of its newest checkpoint."""
+    checkpoints = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda file: int(file.parent.name.split("-")[-1]))
+    file = next((file for file in (folder / STATE, *reversed(checkpoints)) if file.is_file()), None)
+    return None if file is None else json.loads(file.read_text())
+
+
+def _so_far(state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The row of a detector in training."""
+    if state is None:
+        return {"steps": 0, "validation": {}}
+    last = next((log for log in reversed(state["log_history"]) if "eval_map" in log), {})
+    metrics = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    return {"steps": state["global_step"], "validation": metrics}
