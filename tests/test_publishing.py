@@ -230,7 +230,10 @@ def test_distill_pushes(hub, distilling, tmp_path, capsys):
     results = distilling()
     pushed = hub.repositories["models", "anna/run"].files
     assert json.loads(pushed["results.json"])["student"]["test"]["map"] == results["student"]["test"]["map"]
-    data = ModelCard(pushed["README.md"].decode()).data
+    card = ModelCard(pushed["README.md"].decode())
+    data = card.data
+    assert "| FLOPs (G) " in card.text and "| latency (ms) " in card.text and "measured in turn" in card.text
+    assert results["student"]["flops"] == results["teacher"]["flops"] > 0  # the same model twice
     assert {its.metric_type: its.metric_value for its in data.eval_results} == {
         name: results["student"]["test"][name] for name in ("map", "map_50", "map_75")
     }

@@ -112,9 +112,9 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
             14,
         ),
         Step(
-            "Detections on images",
-            f"hf-detrkd predict --model_name_or_path {STUDENT} --input images --output_dir runs/predictions --threshold 0.3",
-            12,
+            "What the teacher gained the student, and in which images",
+            "hf-detrkd compare-models --run runs/student --output_dir runs/comparison",
+            40,
         ),
     ]
 

@@ -56,13 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("--model_name_or_path and --output_dir are needed.")
     if extra.split not in ("train", "validation", "test"):
         raise ValueError(f"--split is {extra.split!r}; allowed are train, validation, test.")
-    model = load_detector(
-        model_arguments.model_name_or_path,
-        revision=model_arguments.model_revision,
-        cache_dir=model_arguments.cache_dir,
-        token=model_arguments.token,
-        trust_remote_code=model_arguments.trust_remote_code,
-    )
+    model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
     output = Path(extra.output_dir)
     path = export_onnx(
