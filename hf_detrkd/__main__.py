@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "detect in an image, a folder or a video",
     "export": "write ONNX, and check it",
     "benchmark": "latency of detectors, cost of a training step",
+    "push-metric": "the COCO metric to the Hub, as an evaluate Space",
 }
 """By name, what `hf_detrkd.commands.<name>` does. They are imported when called: one takes seconds."""
 

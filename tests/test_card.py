@@ -112,6 +112,12 @@ def test_cost_is_shown_where_it_was_measured_only(tmp_path):
     student = results()["student"] | {"flops": 3.5e9, "latency_ms": 12.25}
     text = re.sub(" +", " ", card(tmp_path, student=student).text)
     assert "| FLOPs (G) | - | 3.50 |" in text and "| latency (ms) | - | 12.25 |" in text
+    assert "a median" not in text  # nothing is known of where
+    teacher = results()["teacher"] | {"flops": 9e9, "latency_ms": 40.0}
+    where = {"device": "Some CPU", "threads": 4, "load": 0.3}
+    text = re.sub(" +", " ", card(tmp_path, student=student, teacher=teacher, environment=where).text)
+    assert "| FLOPs (G) | 9.00 | 3.50 |" in text and "| latency (ms) | 40.00 | 12.25 |" in text
+    assert "is a median, measured in turn before the training (device Some CPU, threads 4, load 0.3)" in text
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_script_has_a_command_and_every_command_a_main():
     scripts = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
-    assert entry.COMMANDS.keys() <= scripts
+    assert entry.COMMANDS.keys() == scripts
     for name in entry.COMMANDS:
         assert callable(import_module(f"hf_detrkd.commands.{name.replace('-', '_')}").main), name
 

@@ -74,3 +74,8 @@ def test_environment():
     here = environment()
     assert here["torch"] == torch.__version__.split("+")[0] or here["torch"] == torch.__version__
     assert here["cores"] >= 1 and here["load"] >= 0
+
+
+def test_default_configs_are_not_installed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"student\.json: there is no such file.*with --student and --teacher"):
+        benchmark.build(str(tmp_path / "student.json"))

@@ -23,10 +23,10 @@ from test_card import results
 from transformers import AutoModelForObjectDetection
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
-from hf_detrkd.commands import distill
+from hf_detrkd.commands import distill, push_metric
 from hf_detrkd.commands.arguments import ModelArguments
 from hf_detrkd.commands.records import origin, settings
-from hf_detrkd.publishing import PushError, push_folder, push_metric, upload_command
+from hf_detrkd.publishing import PushError, push_folder, upload_command
 from hf_detrkd.reporting.card import write_card
 from hf_detrkd.reporting.writing import ReportError, saving_weights
 
@@ -179,7 +179,7 @@ def test_student_and_metric_load_from_the_hub(hub, tmp_path):
     trainer.push_to_hub(token=WRITE_TOKEN, license="mit")
     card = ModelCard(hub.repositories["models", "anna/student"].files["README.md"].decode())
     assert card.data.license == "mit" and 'model="anna/student"' in card.text
-    push_metric("anna/coco_detection", token=WRITE_TOKEN)
+    assert push_metric.main(["anna/coco_detection", "--token", WRITE_TOKEN]).startswith(hub.url)
     space = hub.repositories["spaces", "anna/coco_detection"]
     assert space.sdk == "static" and 'evaluate.load("anna/coco_detection")' in space.files["README.md"].decode()
     caches = {"HF_HOME": str(tmp_path / "cache"), "HF_UPDATE_DOWNLOAD_COUNTS": "0", "OMP_NUM_THREADS": "1"}
@@ -190,10 +190,10 @@ def test_student_and_metric_load_from_the_hub(hub, tmp_path):
 
 def test_metric_needs_the_name_of_its_script(hub):
     with pytest.raises(ValueError, match="must be <user or organisation>/coco_detection"):
-        push_metric("anna/coco")
+        push_metric.main(["anna/coco"])
     hub.add("anna/coco_detection", "spaces", sdk="gradio")
     with pytest.raises(PushError, match="runs on gradio"):
-        push_metric("anna/coco_detection", token=WRITE_TOKEN)
+        push_metric.main(["anna/coco_detection", "--token", WRITE_TOKEN])
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -230,7 +230,10 @@ def test_distill_pushes(hub, distilling, tmp_path, capsys):
     results = distilling()
     pushed = hub.repositories["models", "anna/run"].files
     assert json.loads(pushed["results.json"])["student"]["test"]["map"] == results["student"]["test"]["map"]
-    data = ModelCard(pushed["README.md"].decode()).data
+    card = ModelCard(pushed["README.md"].decode())
+    data = card.data
+    assert "| FLOPs (G) " in card.text and "| latency (ms) " in card.text and "measured in turn" in card.text
+    assert results["student"]["flops"] == results["teacher"]["flops"] > 0  # the same model twice
     assert {its.metric_type: its.metric_value for its in data.eval_results} == {
         name: results["student"]["test"][name] for name in ("map", "map_50", "map_75")
     }

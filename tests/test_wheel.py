@@ -34,10 +34,11 @@ data = ["--dataset_name", "shapes:train=4,validation=2,test=2,size=64", "--image
 train = [*data, "--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu", "true", "--report_to", "none",
     "--disable_tqdm", "true", "--save_strategy", "no"]
 main(["finetune", "--config_name", "config.json", "--output_dir", "teacher", *train])
+assert json.loads(Path("teacher/results.json").read_text())["model"]["latency_ms"] > 0
 main(["distill", "--teacher_model_name_or_path", "teacher", "--student_num_queries", "8", "--output_dir", "student",
     "--method", "kd_detr", *train])
 written = {path.name for path in Path("student").iterdir()}
-assert {"model.safetensors", "results.json", "sheet.png", "README.md"} <= written, written
+assert {"model.safetensors", "results.json", "sheet.png", "report.html", "README.md"} <= written, written
 
 metric = evaluate.load(str(files("hf_detrkd.evaluation") / "coco_detection"))
 box = {"boxes": [[10, 10, 50, 50]], "labels": [0]}

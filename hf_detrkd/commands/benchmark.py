@@ -267,6 +267,11 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def build(place: str) -> PreTrainedModel:
     """A detector from a config file with random weights, or from a checkpoint; on the GPU where there is one."""
     if place.endswith(".json"):
+        if not Path(place).is_file():
+            raise FileNotFoundError(
+                f"{place}: there is no such file. The default configs are in the repository, not in the installed package: "
+                "name a config.json or a checkpoint with --student and --teacher."
+            )
         model = AutoModelForObjectDetection.from_config(AutoConfig.from_pretrained(place))
     else:
         model = AutoModelForObjectDetection.from_pretrained(place)

@@ -28,15 +28,15 @@ from ..data import DetectionDataset
 from ..data.dataset import target_of
 from ..evaluation.bootstrap import interval, resampled_ap
 from ..evaluation.coco_detection.coco_evaluator import AREAS, CocoEvaluator, Tables
-from ..evaluation.cost import ROUNDS, environment
+from ..evaluation.cost import ROUNDS, cost_rows, environment
 from ..evaluation.detector import evaluated
 from ..evaluation.streaming import flatten
 from ..reporting import comparison
 from ..reporting.differences import caption, most_different
 from ..reporting.precision_recall import plot_class_curves, plot_precision_recall
 from ..reporting.sheet import Counts, Scene, SheetRow, best_threshold, classify, count, draw_sheet
+from ..reporting.table import cost_table
 from .arguments import DataArguments, parse
-from .make_student import cost_rows, cost_table
 from .places import places, read_run
 from .records import versions
 from .setup import load_data, write_json

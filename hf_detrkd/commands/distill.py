@@ -28,6 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
 from ..detectors import digest, load_detector
+from ..evaluation.cost import environment
 from ..evaluation.detector import evaluate_detector
 from ..labels import LabelMap
 from ..publishing import finish, open_repository, repository_of
@@ -44,6 +45,7 @@ from ..trainer import DistillationTrainer
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
 from .records import (
     StepClock,
+    costs_of,
     data_of,
     forget_earlier,
     mean_shares,
@@ -177,14 +179,21 @@ def distill(
     data, teacher, processor = run.data, run.teacher, run.processor
     results: dict[str, Any] = {"teacher": None, "twin": None, "data": data_of(data)}
     results |= origins(model_arguments, data_arguments)
+    models = {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
     if teacher is not None:
         results["teacher"] = teacher_row(run, args, measure=extra.evaluate_teacher or extra.only_teacher)
         results["teacher"] |= origin(teacher.name_or_path, args.teacher_model_revision, model_arguments.cache_dir)
         for split, metrics in (("validation", "validation"), (data.test_split, "test")):
             if results["teacher"][metrics]:
                 say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
-        if args.shard_teacher:
-            teacher.to("cpu")  # the trainer shards a copy; the device has no room for a whole one beside it
+    costs = {}
+    if args.process_index == 0 and not extra.only_teacher:
+        costs = costs_of(models | {"student": (run.student, processor)}, data.test[0]["image"], args)
+        results |= {"environment": environment(args.device)}
+        if teacher is not None:
+            results["teacher"] |= costs["teacher"]
+    if teacher is not None and args.shard_teacher:
+        teacher.to("cpu")  # the trainer shards a copy; the device has no room for a whole one beside it
     recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
     if extra.only_teacher:
         results |= recorded
@@ -199,8 +208,7 @@ def distill(
     runs = {"student": (run.student, args, teacher if distilled else None)}
     if extra.with_twin and distilled:
         runs["twin"] = (run.build(), twin_of(args), None)
-    histories, models = {}, {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
-    reports = Reports()
+    histories, reports = {}, Reports()
     forget_earlier(args)
     for role, (model, arguments, its_teacher) in runs.items():
         with reports.writing(UNFINISHED):
@@ -210,6 +218,7 @@ def distill(
             model, arguments, data, processor, its_teacher, run.teacher_processor, reports, WriteReport(output)
         )
         models[role] = (model, processor)
+        results[role] |= costs.get(role, {})
 
     if args.should_save:
         with reports.writing("results.json"):

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import set_seed
 
 from ..config import DistillationConfig
+from ..evaluation.cost import environment
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
@@ -27,7 +28,7 @@ from ..reporting.table import comparison_table
 from ..reporting.writing import Reports
 from .arguments import DataArguments, ModelArguments, parse
 from .distill import checkpoint_to_resume, found_by_all, origins, train
-from .records import data_of, forget_earlier, name_run, settings, versions, write_unfinished
+from .records import costs_of, data_of, forget_earlier, name_run, settings, versions, write_unfinished
 from .setup import augment, build_detector, build_image_processor, load_data, write_json
 
 
@@ -59,13 +60,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     processor = build_image_processor(model_arguments, model)
     augment(data, data_arguments, processor)
     say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(data.train)} training images")
-    reports = Reports()
+    reports, costs = Reports(), {}
     results = {"model": None, "settings": settings(model_arguments, data_arguments, args), "versions": versions()}
     results |= origins(model_arguments, data_arguments) | {"data": data_of(data)}
+    if args.process_index == 0:
+        costs = costs_of({"model": (model, processor)}, data.test[0]["image"], args)
+        results |= {"environment": environment(args.device)}
     forget_earlier(args)
     with reports.writing(UNFINISHED):
         write_unfinished(results, args)
     results["model"], history = train(model, args, data, processor, None, None, reports, WriteReport())
+    results["model"] |= costs.get("model", {})
     if args.should_save:
         with reports.writing("results.json"):
             write_json(results, output / "results.json")

@@ -10,17 +10,15 @@ parameters, FLOPs and latency of both. distill.py takes the same flags, and then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import AutoImageProcessor, set_seed
 
 from ..detectors import load_detector
-from ..evaluation.cost import environment, flops, latencies
-from ..reporting.table import text_table
+from ..evaluation.cost import cost_rows, environment
+from ..reporting.table import cost_table
 from ..students import make_student
 from .arguments import StudentArguments, parse
 from .setup import write_json
@@ -68,62 +66,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(cost_table(rows))
     print(f"\nwritten to {arguments.output_dir}: model, image processor, student.json")
     return results
-
-
-def cost_rows(
-    models: dict[str, tuple[PreTrainedModel, BaseImageProcessor]], rounds: int, image: torch.Tensor | None = None
-) -> dict[str, dict[str, Any]]:
-    """By role: parameters, FLOPs and (where ``rounds`` is not 0) latency of one image, in turn.
-
-    Args:
-        image: (3, H, W) uint8 before the processor; by default a black one of 640 x 640.
-    """
-    if image is None:
-        image = torch.zeros(3, 640, 640, dtype=torch.uint8)
-    inputs = {}
-    for role, (model, processor) in models.items():
-        encoded = processor(images=[image], return_tensors="pt")
-        inputs[role] = {name: encoded[name].to(model.device) for name in model_inputs(encoded)}
-    rows: dict[str, dict[str, Any]] = {
-        role: {
-            "parameters": model.num_parameters(),
-            "flops": flops(model, inputs[role]),
-            "input": list(inputs[role]["pixel_values"].shape[-2:]),
-        }
-        for role, (model, _) in models.items()
-    }
-    if rounds:
-
-        def call(role: str):
-            model = models[role][0].eval()
-
-            def run():
-                with torch.no_grad():
-                    model(**inputs[role])
-
-            return run
-
-        times = latencies({role: call(role) for role in models}, warmup=min(3, rounds), rounds=rounds)
-        for role, latency in times.items():
-            rows[role]["latency"] = asdict(latency)
-    return rows
-
-
-def model_inputs(encoded) -> list[str]:
-    """What of an image processor's output goes into the model."""
-    return [name for name in ("pixel_values", "pixel_mask") if name in encoded]
-
-
-def cost_table(rows: dict[str, dict[str, Any]], markdown: bool = False) -> str:
-    """Parameters, FLOPs and latency side by side."""
-    header = ["", "parameters (M)", "GFLOPs", "input", "median (ms)", "p95 (ms)"]
-    lines = []
-    for role, row in rows.items():
-        times = row.get("latency")
-        milliseconds = ["-", "-"] if times is None else [f"{1000 * times[name]:.1f}" for name in ("median", "p95")]
-        size = "x".join(map(str, row["input"]))
-        lines.append([role, f"{row['parameters'] / 1e6:.2f}", f"{row['flops'] / 1e9:.2f}", size, *milliseconds])
-    return text_table(header, lines, markdown)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import TrainerCallback
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
+from ..evaluation.cost import cost_rows
 from ..reporting.run import STATE, TWIN, UNFINISHED
 from ..reporting.versions import versions
 from .setup import Data, write_json
+
+TIMED = 10
+"""Calls of each model whose latency is recorded: enough for a median, and seconds even on a CPU."""
 
 
 class StepClock(TrainerCallback):
@@ -41,6 +47,21 @@ def peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+
+
+def costs_of(
+    models: Mapping[str, tuple[PreTrainedModel, BaseImageProcessor]], image: Tensor, args: DistillationConfig
+) -> dict[str, dict[str, float]]:
+    """By role, ``flops`` and ``latency_ms`` (the median) of a forward pass of one image, for the rows of ``results.json``.
+
+    Args:
+        models: with their image processors; they are moved to the device of the training.
+        image: (3, H, W) uint8.
+    """
+    for model, _ in models.values():
+        model.to(args.device)
+    rows = cost_rows(models, TIMED, image)
+    return {role: {"flops": row["flops"], "latency_ms": 1000 * row["latency"]["median"]} for role, row in rows.items()}
 
 
 def mean_shares(history: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -109,6 +130,7 @@ def write_unfinished(results: dict[str, Any], args: DistillationConfig) -> None:
 
 __all__ = [
     "StepClock",
+    "costs_of",
     "data_of",
     "forget_earlier",
     "mean_shares",

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 WARMUP, ROUNDS = 5, 30
 """Calls that don't count, and calls that do: the first ones allocate, and choose and compile kernels."""
+INPUTS = ("pixel_values", "pixel_mask")
+"""What of an image processor's output goes into a model."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,45 @@ def flops(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
         model.eval()(**inputs)
     model.train(was_training)
     return counter.get_total_flops()
+
+
+def cost_rows(
+    models: Mapping[str, tuple[PreTrainedModel, BaseImageProcessor]], rounds: int, image: Tensor | None = None
+) -> dict[str, dict[str, Any]]:
+    """By role: parameters, FLOPs and (where ``rounds`` is not 0) latency of one image, in turn.
+
+    Args:
+        image: (3, H, W) uint8 before the processor; by default a black one of 640 x 640.
+    """
+    if image is None:
+        image = torch.zeros(3, 640, 640, dtype=torch.uint8)
+    inputs = {}
+    for role, (model, processor) in models.items():
+        encoded = processor(images=[image], return_tensors="pt")
+        inputs[role] = {name: encoded[name].to(model.device) for name in INPUTS if name in encoded}
+    rows: dict[str, dict[str, Any]] = {
+        role: {
+            "parameters": model.num_parameters(),
+            "flops": flops(model, inputs[role]),
+            "input": list(inputs[role]["pixel_values"].shape[-2:]),
+        }
+        for role, (model, _) in models.items()
+    }
+    if rounds:
+
+        def call(role: str):
+            model = models[role][0].eval()
+
+            def run():
+                with torch.no_grad():
+                    model(**inputs[role])
+
+            return run
+
+        times = latencies({role: call(role) for role in models}, warmup=min(3, rounds), rounds=rounds)
+        for role, latency in times.items():
+            rows[role]["latency"] = asdict(latency)
+    return rows
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -46,7 +46,7 @@ def model_card(
 
     Args:
         results: what a command writes to ``results.json``. ``teacher``, ``twin``, ``data``, ``start`` and ``versions``
-            may be missing. A row may have ``flops`` (of one image) and ``latency_ms``; both are shown where they are.
+            may be missing, and so may ``flops`` and ``latency_ms`` of a row; ``environment`` is where that was measured.
         repo_id: what users give to `from_pretrained`.
         pictures: files beside the card, of `PICTURES`.
         metadata: over what the run says: ``license``, ``language``, ``base_model``, ``datasets``, ``tags`` (added).
@@ -103,6 +103,7 @@ def model_card(
         recall=", and AR with 100 detections per image of this model",
         per_class=_class_comparison(shown, metrics),
         size=_size_table({role: its for role, its in rows.items() if its and role != "twin"}),
+        latency=_latency(results, row),
         pictures=[(PICTURES[file], file) for file in pictures],
         data=_data(results, row),
         settings=text_table(["setting", "value"], settings_rows(results), markdown=True),
@@ -217,6 +218,16 @@ def _size_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             cells = ["-" if row.get(key) is None else f"{factor * row[key]:.2f}" for row in rows.values()]
             lines.append([title, *cells])
     return text_table(["", *rows], lines, markdown=True)
+
+
+def _latency(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    if row.get("latency_ms") is None or not results.get("environment"):
+        return ""
+    where = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
+    return (
+        "FLOPs and latency are those of a forward pass of one image, the model alone; a multiply-add is two operations. The "
+        f"latency is a median, measured in turn before the training ({where}). On a machine that does other work it says little."
+    )
 
 
 def _data(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:

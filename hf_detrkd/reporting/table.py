@@ -1,9 +1,10 @@
-"""Tables of COCO metrics, as aligned plain text or as markdown."""
+"""Tables of COCO metrics and of costs, as aligned plain text or as markdown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Columns of a comparison: the names COCO's papers use, and the metrics.
 COLUMNS = {
@@ -79,6 +80,18 @@ def class_table(metrics: Mapping[str, float], *, markdown: bool = False) -> str:
         for name in names
     ]
     return text_table(["class", "AP", "AR100"], rows, markdown)
+
+
+def cost_table(rows: Mapping[str, Mapping[str, Any]], markdown: bool = False) -> str:
+    """What models cost, side by side; ``rows`` are those of `hf_detrkd.evaluation.cost.cost_rows`."""
+    header = ["", "parameters (M)", "GFLOPs", "input", "median (ms)", "p95 (ms)"]
+    lines = []
+    for role, row in rows.items():
+        times = row.get("latency")
+        milliseconds = ["-", "-"] if times is None else [f"{1000 * times[name]:.1f}" for name in ("median", "p95")]
+        size = "x".join(map(str, row["input"]))
+        lines.append([role, f"{row['parameters'] / 1e6:.2f}", f"{row['flops'] / 1e9:.2f}", size, *milliseconds])
+    return text_table(header, lines, markdown)
 
 
 def points(value: float | None) -> str:
