@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,16 +140,20 @@ def test_trackers_that_take_pictures(tmp_path, monkeypatch, tracker, package):
     assert logged == [{"sheet": ("image", str(tmp_path / "step_5.png")), "train/global_step": 5}]
 
 
-def test_trackio_has_the_terms_and_the_sheets(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio", reason="pip install hf_detrkd[trackers]")
-    storage = trackio.sqlite_storage
-    for module in (storage, trackio.utils):
-        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio", raising=False)
-    run = trainer(tmp_path / "run", report_to="trackio", project="watching", run_name="run", sheet_steps=2)
-    run.train()
-    logs = storage.SQLiteStorage.get_logs("watching", "run")
-    assert {"train/kd_class", "train/detection_loss"} <= set().union(*logs)
-    assert [log["train/global_step"] for log in logs if "sheet" in log] == [2, 4]
+def test_trackio_has_the_terms_and_the_sheets(tmp_path):
+    """In a process of its own: trackio reads where to write when it is imported."""
+    pytest.importorskip("trackio", reason="pip install hf_detrkd[trackers]")
+    code = f"""
+from test_watching import trainer
+trainer({str(tmp_path / "run")!r}, report_to="trackio", project="watching", run_name="run", sheet_steps=2).train()
+from trackio.sqlite_storage import SQLiteStorage
+logs = SQLiteStorage.get_logs("watching", "run")
+assert {{"train/kd_class", "train/kd_giou", "train/kd_l1", "train/detection_loss"}} <= set().union(*logs), logs
+assert [log["train/global_step"] for log in logs if "sheet" in log] == [2, 4]
+"""
+    place = {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **place}, timeout=280)
+    assert len(list((tmp_path / "trackio" / "media").rglob("*.png"))) == 2
 
 
 def test_seconds_go_on_after_a_resume(tmp_path):
