@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import pkgutil
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -34,15 +36,7 @@ MODULES = {
         "matching",
         "sampling",
         "projectors",
-        "losses.reduction",
-        "losses.logits",
-        "losses.boxes",
-        "losses.set_prediction",
-        "losses.detection",
-        "losses.features",
-        "losses.attention",
-        "losses.distributions",
-        "losses.relation",
+        "losses",
     ),
     "Evaluation": (
         "evaluation.coco_detection.coco_evaluator",
@@ -55,6 +49,8 @@ MODULES = {
 """By heading, modules of `hf_detrkd` in the order of the page. Of each everything is shown that is defined there and begins
 with no underscore; of `hf_detrkd.data` what the package itself gives."""
 
+FOLDERS = {"losses"}
+"""Of these all files are shown."""
 LONGEST = 110
 """Characters of a signature that is written in one line."""
 SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")
@@ -75,7 +71,7 @@ def render() -> str:
         "pairs of a match, N targets of an image. Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image where nothing else is said.",
         "",
     ]
-    modules = {title: [import_module(f"hf_detrkd.{name}") for name in names] for title, names in MODULES.items()}
+    modules = modules_by_heading()
     for title, of_title in modules.items():
         lines += [f"- {title}: " + ", ".join(f"[{m.__name__}](#{anchor(m.__name__)})" for m in of_title)]
     for title, of_title in modules.items():
@@ -83,6 +79,20 @@ def render() -> str:
         for module in of_title:
             lines += ["", *of_module(module)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+@cache
+def modules_by_heading() -> dict[str, list[ModuleType]]:
+    """`MODULES` imported; one that is a folder in `FOLDERS` has its files after it."""
+    result: dict[str, list[ModuleType]] = {}
+    for title, names in MODULES.items():
+        result[title] = []
+        for module in (import_module(f"hf_detrkd.{name}") for name in names):
+            inner = pkgutil.iter_modules(module.__path__) if hasattr(module, "__path__") else ()
+            inside = [import_module(f"{module.__name__}.{one.name}") for one in inner]
+            whole = module.__name__.rpartition(".")[2] in FOLDERS
+            result[title] += [module, *(inside if whole else ())]
+    return result
 
 
 def anchor(heading: str) -> str:
@@ -104,8 +114,11 @@ def of_module(module: ModuleType) -> Iterator[str]:
         elif getattr(value, "__module__", None) == module.__name__ and inspect.isfunction(value):
             yield from ["", f"#### {name}", "", *signature(value), "", *prose(inspect.getdoc(value))]
         elif texts.get(name) or (name in texts and name in hf_detrkd.__all__):
-            keys = [f"Keys: {', '.join(f'`{key}`' for key in value)}.", ""] if isinstance(value, dict) else []
-            yield from ["", f"#### {name}", "", *keys, *prose(texts[name])]
+            yield from ["", f"#### {name}"]
+            if isinstance(value, dict):
+                yield from ["", f"Keys: {', '.join(f'`{key}`' for key in value)}."]
+            if texts[name]:
+                yield from ["", *prose(texts[name])]
 
 
 def shown(module: ModuleType, name: str) -> bool:
@@ -116,16 +129,19 @@ def shown(module: ModuleType, name: str) -> bool:
 
 
 def of_class(cls: type) -> Iterator[str]:
-    """A class: its signature, docstring, fields, properties and methods."""
+    """A class: its signature, docstring, fields, properties and methods, those of bases without an entry of their own too."""
     yield f"#### {cls.__name__}"
     yield ""
     if not dataclasses.is_dataclass(cls) and not issubclass(cls, BaseException):
         yield from [*signature(cls), ""]
     yield from prose(inspect.getdoc(cls))
-    fields = list(fields_of(cls))
+    entries = {module.__name__ for modules in modules_by_heading().values() for module in modules}
+    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("hf_detrkd")]
+    parts = [cls, *(base for base in bases if base.__module__ not in entries)]
+    fields = [field for part in parts for field in fields_of(part)]
     if fields:
         yield from ["", *fields]
-    for name, value in vars(cls).items():
+    for name, value in {name: value for part in reversed(parts) for name, value in vars(part).items()}.items():
         function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         if (name.startswith("_") and name != "__call__") or not inspect.isfunction(function) or not function.__doc__:
             continue

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import api_reference
 import documents
 import pytest
 import test_families
@@ -42,17 +43,8 @@ QUICK = {
     "predict": ["--device", "cpu"],
 }
 QUICK["distill"] = [*QUICK["finetune"], "--sheet_images", "0"]
-"""Commands that are run, by module, and flags at their end that make them quick. The others:"""
-
-PARSED = {
-    "export": "tests/test_export.py",
-    "benchmark": "tests/test_latency.py",
-    "compare": "tests/test_compare.py",
-    "tune": "tests/test_tune.py",
-    "summarize": "tests/test_commands.py",
-    "card": "tests/test_card.py",
-}
-"""Commands of this package that only read their flags here, and where they are run."""
+"""Commands that are run, by module, and flags at their end that make them quick. The others need minutes or finished runs:
+here they only read their flags, and tests of their own run them."""
 
 MAKE, PIP, PYTEST = "a target of the Makefile", "an extra of pyproject.toml", "a test file of the repository"
 ELSEWHERE = {
@@ -60,6 +52,7 @@ ELSEWHERE = {
     r"source \.venv/bin/activate": "made by `make env`",
     r"pip install (-e \.|'?hf_detrkd\[\w+\]'?)": PIP,
     r"pytest .*|python -m pytest .*": PYTEST,
+    r"(tensorboard|trackio) .*": "shows what a tracker wrote",
     r"hf auth login": "asks for a token; a token's refusals are in tests/test_publishing.py",
     r"python scripts/push_metric\.py \S+": "pushes to the Hub; tests/test_publishing.py pushes to one on loopback",
     r"python tests/\w+_table\.py|python tests/api_reference\.py": "writes a page of docs/; tests compare the page with it",
@@ -116,6 +109,8 @@ def test_what_is_not_run_here_is_there():
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     for block in SHELL:
         for words in commands(block):
+            for word in words:
+                assert not word.startswith("scripts/") or (ROOT / word).exists(), f"{block}: there is no {word}"
             why = elsewhere(words)
             if why == MAKE:
                 assert words[1] in targets, f"{block}: {words}"
@@ -127,8 +122,6 @@ def test_what_is_not_run_here_is_there():
                 )
             elif words[0] == "python" and words[1].endswith(".py"):
                 assert (ROOT / words[1]).is_file(), f"{block}: {words}"
-    for place in PARSED.values():
-        assert (ROOT / place).is_file()
 
 
 @pytest.mark.parametrize("page", FOLLOWED)
@@ -175,7 +168,6 @@ def run(words: list[str], block: Block) -> None:
     module, flags = called
     name = module.rpartition(".")[2]
     if name not in QUICK:
-        assert name in PARSED, f"{block}: {name} is neither run nor said to be run elsewhere"
         return
     main: Callable = __import__(module, fromlist=["main"]).main
     try:
@@ -206,6 +198,12 @@ def test_the_index_has_every_page():
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in documents.links(index)}
     missing = [page.name for page in PAGES if page.parent == index.parent and page not in linked | {index}]
     assert not missing
+
+
+def test_the_api_reference_is_of_this_code():
+    assert api_reference.PAGE.read_text(encoding="utf-8") == api_reference.render(), (
+        "docs/api.md is not what the docstrings say; run `python tests/api_reference.py`"
+    )
 
 
 def test_the_log_line_is_the_trainers():

@@ -60,11 +60,12 @@ def _class_ap(matches: Matches, times: np.ndarray) -> float:
     """As pycocotools (cocoeval.py, accumulate), but only where recall rises: precision falls everywhere else."""
     objects = int((times * matches.objects).sum())
     weight = times[matches.image]
-    counted = np.cumsum(weight * matches.counted, axis=1)
+    so_far = np.cumsum(weight)
     total = 0.0
-    for hit, so_far in zip(matches.hit, counted, strict=True):
-        found = np.cumsum(weight[hit])
-        precision = found / np.maximum(so_far[hit], 1)
+    for hits, ignored in zip(matches.hits, matches.ignored, strict=True):
+        left_out = np.append(0, np.cumsum(weight[ignored]))[np.searchsorted(ignored, hits)]
+        found = np.cumsum(weight[hits])
+        precision = found / np.maximum(so_far[hits] - left_out, 1)
         best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
         total += best[np.searchsorted(found / objects, RECALLS, side="left")].mean()
-    return total / len(matches.hit)
+    return total / len(matches.hits)

@@ -58,10 +58,10 @@ class Matches:
 
     image: np.ndarray
     """(n,) index of the image in the order of the ids."""
-    hit: np.ndarray
-    """(10, n) bool, at the IoU thresholds of `Tables`."""
-    counted: np.ndarray
-    """(10, n) bool; others lie in a crowd region and are neither right nor wrong."""
+    hits: tuple[np.ndarray, ...]
+    """At each of the 10 IoU thresholds of `Tables` which of the n, in order."""
+    ignored: tuple[np.ndarray, ...]
+    """Likewise, those that lie in a crowd region and are neither right nor wrong."""
     objects: np.ndarray
     """(I,) number of objects in each image, crowds aside."""
 
@@ -184,7 +184,8 @@ class CocoEvaluator:
         image = np.repeat([one["image_id"] - 1 for one in images], [len(one["dtScores"]) for one in images])
         wanted = references[references[:, 7] == 0, 0].astype(int) - 1
         objects = np.bincount(wanted, minlength=len(self))
-        return Matches(image.astype(int)[order], matched & ~ignored, ~ignored, objects)
+        hits, ignored = (tuple(map(np.flatnonzero, rows)) for rows in (matched & ~ignored, ignored))
+        return Matches(image.astype(int)[order], hits, ignored, objects)
 
     def _by_class(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Name, detections and references of every class; first column: the image's number, from 1 in the order of the ids."""
