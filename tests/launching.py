@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -37,8 +36,9 @@ def finish(*commands: list[str], timeout: float = 240) -> list[str]:
         printed = [process.communicate(timeout=timeout)[0] for process in started]
     except subprocess.TimeoutExpired:
         for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # torchrun then ends its processes, which are in sessions of their own
+        for process in started:
+            process.wait(timeout=30)
         raise
     for process, text in zip(started, printed, strict=True):
         assert process.returncode == 0, text[-3000:]

@@ -1,4 +1,4 @@
-"""Run by `test_sharding.py` on two processes: a teacher that is sharded, beside one that isn't; losses of one batch in two parts."""
+"""Run by `test_sharding.py` on two processes: a teacher that is sharded, beside one that isn't; losses of a batch in two parts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from scenes import Scenes, processor
 from torch import distributed
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
+from hf_detrkd.families import adapter_for
+from hf_detrkd.losses.detection import task_loss
 from hf_detrkd.sharding import held
 
 TEACHER = "deformable_detr_refine"
@@ -55,15 +57,15 @@ def train(folder: Path, shard: bool, resume: str | None = None, seed: int = 3) -
     }
 
 
-def loss_of_two_parts(name: str) -> tuple[float, float]:
-    """A model's own loss of four images: of all at once, and as the mean over two processes with two images each."""
-    model, inputs = zoo.build(name).eval(), zoo.batch(size=4, targets=(3, 0, 1, 1))
-    rank = distributed.get_rank()
-    half = {key: value[2 * rank : 2 * rank + 2] for key, value in inputs.items()}
-    with torch.no_grad():
-        whole, part = model(**inputs).loss, model(**half).loss
-    distributed.all_reduce(part)
-    return whole.item(), part.item() / 2
+def task_losses(images: slice) -> dict[str, float]:
+    """By name of the model, the task loss of some of four images."""
+    inputs = {name: value[images] for name, value in zoo.batch(size=4, targets=(3, 0, 1, 1)).items()}
+    losses = {}
+    for name in zoo.NAMES:
+        adapter = adapter_for(zoo.build(name).eval())
+        with torch.no_grad(), task_loss(adapter, per_layer=True):
+            losses[name] = adapter.forward(inputs)[0].loss.item()
+    return losses
 
 
 def main(folder: Path) -> None:
@@ -88,10 +90,12 @@ def main(folder: Path) -> None:
         "sheets": [file.name for file in (folder / "sharded" / "sheets").iterdir()],
         "held": [None] * distributed.get_world_size(),
         "refusal": refusal,
-        "losses": {name: loss_of_two_parts(name) for name in zoo.NAMES},
+        "losses": [None] * distributed.get_world_size(),
     }
     distributed.all_gather_object(result["held"], sharded["held"])
-    if distributed.get_rank() == 0:
+    rank = distributed.get_rank()
+    distributed.all_gather_object(result["losses"], task_losses(slice(2 * rank, 2 * rank + 2)))
+    if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
 
 

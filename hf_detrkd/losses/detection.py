@@ -1,5 +1,5 @@
-"""The task loss: transformers' own, with all layers matched at once, boxes compared pair by pair, and, on request, every
-decoder layer supervised."""
+"""The task loss: transformers' own, with all layers matched at once, boxes compared pair by pair and counted over all
+processes, and, on request, every decoder layer supervised."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
         pairs = matcher.pairs(logits, [layer["pred_boxes"] for layer in predictions], targets)
         replaced.append((criterion, criterion.matcher))
         criterion.matcher = _Precomputed(pairs)
-        compared.enter_context(_boxes_compared_in_pairs(criterion))
+        compared.enter_context(_functions_replaced(criterion))
 
         auxiliary = pairs[1:]
         if isinstance(criterion, DFineLoss):
@@ -142,16 +142,16 @@ def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
 
 
 @contextmanager
-def _boxes_compared_in_pairs(criterion: nn.Module) -> Iterator[None]:
-    """While it runs, the criterion's IoUs are those of box i with target i, for its methods read only these.
+def _functions_replaced(criterion: nn.Module) -> Iterator[None]:
+    """While it runs, the criterion calls `_REPLACED`: global names in the modules of transformers that define it.
 
-    The functions that give all pairs are global names in the modules of transformers that define the criterion.
+    IoUs are then those of box i with target i, for its methods read only these.
     """
     modules = {sys.modules[kind.__module__] for kind in type(criterion).__mro__}
-    replaced = [(module, name) for module in modules for name in _IN_PAIRS if name in vars(module)]
+    replaced = [(module, name) for module in modules for name in _REPLACED if name in vars(module)]
     originals = [getattr(module, name) for module, name in replaced]
     for (module, name), original in zip(replaced, originals, strict=True):
-        setattr(module, name, _IN_PAIRS[name](original))
+        setattr(module, name, _REPLACED[name](original))
     try:
         yield
     finally:
@@ -192,4 +192,17 @@ def _generalized_box_iou(original: Callable) -> Callable:
     return generalized_box_iou
 
 
-_IN_PAIRS = {"box_iou": _box_iou, "generalized_box_iou": _generalized_box_iou}
+def _reduce(original: Callable) -> Callable:
+    """accelerate's ``reduce``, by which `ImageLoss` counts the boxes of all processes before it divides by the processes.
+
+    transformers (5.17 to 5.24) leaves it at its default, the mean, and so divides twice: on N processes every loss of
+    boxes would weigh N times as much as on one.
+    """
+
+    def reduce(number: Tensor) -> Tensor:
+        return original(number, reduction="sum")
+
+    return reduce
+
+
+_REPLACED = {"box_iou": _box_iou, "generalized_box_iou": _generalized_box_iou, "reduce": _reduce}
