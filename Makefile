@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+# accelerate gives a process one thread unless it is told otherwise
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-all lint format clean
@@ -20,8 +22,8 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: env  ## teacher, distilled student and twin on the built-in data set, in $(DEMO); goes on where it was stopped
-	test -f $(DEMO)/teacher/results.json || $(BIN)/accelerate launch --num_processes 1 scripts/finetune.py --config scripts/recipes/demo_teacher.yaml --resume_from_checkpoint true
-	$(BIN)/accelerate launch --num_processes 1 scripts/distill.py --config scripts/recipes/demo.yaml --resume_from_checkpoint true
+	test -f $(DEMO)/teacher/results.json || $(LAUNCH) scripts/finetune.py --config scripts/recipes/demo_teacher.yaml --resume_from_checkpoint true
+	$(LAUNCH) scripts/distill.py --config scripts/recipes/demo.yaml --resume_from_checkpoint true
 
 test: env  ## the default tests: CPU, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -262,3 +262,31 @@ def test_keeps_a_loss_function_of_the_user():
     run(model, zoo.batch(), per_layer=True)
     assert calls == [1]
     assert model.loss_function is counted
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_boxes_are_compared_with_their_own_targets_only(name, monkeypatch):
+    """transformers' functions, which compare all with all, aren't called, and are in their places afterwards."""
+    model, batch = zoo.build(name).train(), zoo.batch()
+    adapter = adapter_for(model)
+    modules = [module for module in vars(transformers.loss).values() if isinstance(module, ModuleType)]
+    functions = [(m, n) for m in modules for n in ("box_iou", "generalized_box_iou") if n in vars(m)]
+    assert functions
+
+    def all_with_all(*boxes):
+        raise AssertionError("all boxes were compared with all")
+
+    for module, function in functions:
+        monkeypatch.setattr(module, function, all_with_all)
+    with task_loss(adapter, per_layer=True):
+        adapter.forward(batch)
+    assert all(getattr(module, function) is all_with_all for module, function in functions)
+
+
+def test_boxes_that_are_no_boxes_are_refused_as_by_transformers():
+    model = zoo.build("detr")
+    adapter = adapter_for(model)
+    batch = zoo.batch()
+    batch["pixel_values"] = batch["pixel_values"] * float("nan")
+    with pytest.raises(ValueError, match="corner"), task_loss(adapter, per_layer=False):
+        adapter.forward(batch)

@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py latency ...                   of detectors, see hf_detrkd/commands/latency.py
     python scripts/benchmark.py task-loss                     transformers' matching against all layers at once
-    python scripts/benchmark.py step --method kd_detr         a distillation step against the sum of what it can't avoid
+    python scripts/benchmark.py step --method kd_detr qskd    distillation steps against the sum of what they can't avoid
     python scripts/benchmark.py step --student CONFIG_OR_FOLDER --teacher CONFIG_OR_FOLDER --image_size 320
 
 The two sides of a pair run in turn (A B A B ...), so a machine whose speed drifts does no harm; the figures are medians,
@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedModel
 
-from ..families import adapter_for
+from ..families import FamilyAdapter, adapter_for
 from ..labels import LabelMap
 from ..losses.detection import task_loss
 from ..methods import METHODS, build_methods
-from ..methods.kd_detr import KDDetr
 from ..model import DistillationModel
-from ..sampling import random_queries, teacher_queries
-from ..view import DetrView
+from ..view import DetrView, Queries
 from . import latency
 from .setup import write_json
 
@@ -47,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return latency.main(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "task-loss", "memory", "latency"))
-    parser.add_argument("--method", default="kd_detr", choices=["none", *METHODS])
-    parser.add_argument("--method_config", type=json.loads, default=None)
+    parser.add_argument(
+        "--method", nargs="+", default=["kd_detr"], choices=["none", *METHODS], help="one after the other"
+    )
+    parser.add_argument("--method_config", type=json.loads, default=None, help="of all of them, as JSON")
     parser.add_argument("--student", default=str(MODELS / "rt_detr_mobilenetv2_student.json"))
     parser.add_argument("--teacher", default=str(MODELS / "rt_detr_mobilenetv2_teacher.json"))
     parser.add_argument("--batch_size", type=int, default=8)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", help="JSON file for the numbers")
     arguments = parser.parse_args(words)
     if arguments.what == "step":
-        rows = step_rows(arguments) + peak_memory_rows(arguments)
+        rows = [step_row(arguments, method) for method in arguments.method] + peak_memory_rows(arguments)
     elif arguments.what == "memory":
         rows = memory(arguments)
     else:
@@ -152,68 +153,78 @@ def _with_random_predictions(value: Any, generator: torch.Generator) -> Any:
 # -- the step --------------------------------------------------------------------------------------------------------
 
 
-def step_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def step_row(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """A step of `DistillationModel` against student step + teacher forward + the method's decoder passes, run by hand.
 
-    Both sides use the task loss with all layers matched at once. What is left over is what the views, the matching and
-    the losses of the method cost. The second row is the whole step beside a plain student step by transformers.
+    Both sides use the task loss with all layers matched at once. ``overhead`` is what the views, the matching and the
+    losses of the method cost; ``cost`` is the whole step beside a plain student step by transformers.
     """
     student, teacher = build(arguments.student), build(arguments.teacher)
     labels = LabelMap.between(teacher.config.id2label, student.config.id2label)
     adapters = adapter_for(student, labels.student_classes), adapter_for(teacher, labels.teacher_classes)
-    methods = build_methods([arguments.method], arguments.method_config, *adapters)
+    methods = build_methods([method], arguments.method_config, *adapters)
     model = DistillationModel(student, adapters[0], methods, layer_supervision=False).train()
     batch = random_batch(arguments.batch_size, arguments.image_size, arguments.objects, student.config.num_labels)
     pixels = {"pixel_values": batch["pixel_values"]}
+    attentions = [any(role in method.attentions for method in methods) for role in ("student", "teacher")]
 
     def look() -> DetrView:
         with torch.no_grad():
-            return adapters[1].forward(pixels)[1]
+            return adapters[1].forward(pixels, attentions=attentions[1])[1]
 
     def whole() -> None:
         model.zero_grad()
         generator = torch.Generator().manual_seed(0)
         model(**batch, teacher_view=look(), generator=generator)["loss"].backward()
 
+    with recorded_replays(adapters[0]) as passes, recorded_replays(adapters[1]) as teacher_passes:
+        whole()
+
     def unavoidable() -> None:
         model.zero_grad()
-        generator = torch.Generator().manual_seed(0)
         seen = look()
+        with torch.no_grad():
+            for groups in teacher_passes:
+                adapters[1].replay(seen, groups)
         with task_loss(adapters[0], per_layer=False):
-            output, view = adapters[0].forward(batch)
+            output, view = adapters[0].forward(batch, attentions=attentions[0])
         loss = output.loss
-        for reply in decoder_passes(methods[0], view, seen, generator):
-            loss = loss + 1e-3 * (reply.logits.mean() + reply.boxes.mean())
+        for groups in passes:
+            for reply in adapters[0].replay(view, groups):
+                loss = loss + 1e-3 * (reply.logits.mean() + reply.boxes.mean())
         loss.backward()
 
     def plain() -> None:
         model.zero_grad()
         student(**batch).loss.backward()
 
-    ours, floor, overhead = paired(whole, unavoidable, arguments.rounds)
-    rows = [{"pair": "step / unavoidable parts", "step_s": ours, "parts_s": floor, "ratio": overhead}]
-    ours, floor, cost = paired(whole, plain, arguments.rounds)
-    return [*rows, {"pair": "step / plain student step", "step_s": ours, "parts_s": floor, "ratio": cost}]
+    step, parts, overhead = paired(whole, unavoidable, arguments.rounds)
+    _, alone, cost = paired(whole, plain, arguments.rounds)
+    seconds = {"step_s": step, "parts_s": parts, "overhead": overhead, "plain_s": alone, "cost": cost}
+    return {"method": method, **seconds}
 
 
-def decoder_passes(method, student: DetrView, teacher: DetrView, generator: torch.Generator) -> tuple[DetrView, ...]:
-    """The replays that a method asks for, without its losses; none for methods on the models' own predictions."""
-    if not isinstance(method, KDDetr):
-        return ()
-    points = []
-    if "specific" in method.groups:
-        points.append(teacher_queries(student, teacher, method.projectors["specific"]))
-    if "general" in method.groups:
-        number = method.config.general_points
-        points.append(random_queries(student, teacher, method.projectors["general"], number, generator))
-    replies = student.replay(*(p.student for p in points))
-    return replies if len(points) > 1 else (replies,)
+@contextmanager
+def recorded_replays(adapter: FamilyAdapter) -> Iterator[list[list[Queries]]]:
+    """While it runs, the queries of every replay are kept: which decoder passes a method asks for."""
+    kept: list[list[Queries]] = []
+    original = adapter.replay
+
+    def replay(view, groups, **keywords):
+        kept.append([queries.detach() for queries in groups])
+        return original(view, groups, **keywords)
+
+    adapter.replay = replay
+    try:
+        yield kept
+    finally:
+        del adapter.replay
 
 
 def peak_memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory of a process that runs plain steps, and of one that runs distillation steps."""
+    """Peak memory of a process that runs plain steps, and of one for each method that runs distillation steps."""
     rows = []
-    for what in ("none", arguments.method):
+    for what in ("none", *arguments.method):
         command = [sys.executable, "-m", "hf_detrkd.commands.benchmark", "memory", "--method", what]
         for name in ("student", "teacher", "batch_size", "image_size", "objects"):
             command += [f"--{name}", str(getattr(arguments, name))]
@@ -229,16 +240,17 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     student = build(arguments.student)
     adapter = adapter_for(student)
     methods, look = [], None
-    if arguments.method != "none":
+    if arguments.method != ["none"]:
         teacher = adapter_for(build(arguments.teacher))
-        methods = build_methods([arguments.method], arguments.method_config, adapter, teacher)
+        methods = build_methods(arguments.method, arguments.method_config, adapter, teacher)
+    attentions = [any(role in method.attentions for method in methods) for role in ("student", "teacher")]
     model = DistillationModel(student, adapter, methods, layer_supervision=False).train()
     optimizer = torch.optim.AdamW(model.parameters())
     batch = random_batch(arguments.batch_size, arguments.image_size, arguments.objects, student.config.num_labels)
     for _ in range(3):
         if methods:
             with torch.no_grad():
-                look = teacher.forward({"pixel_values": batch["pixel_values"]})[1]
+                look = teacher.forward({"pixel_values": batch["pixel_values"]}, attentions=attentions[1])[1]
         model(**batch, teacher_view=look, generator=torch.Generator())["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -246,7 +258,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-    return [{"method": arguments.method, "peak_memory_MiB": peak}]
+    return [{"method": "+".join(arguments.method), "peak_memory_MiB": peak}]
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------

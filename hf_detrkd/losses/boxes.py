@@ -57,8 +57,7 @@ def teacher_is_better(student: Tensor, teacher: Tensor, targets: Sequence[Mappin
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU in [0, 1], float32, elementwise over (..., 4); 0 where neither box has an area."""
-    intersection, union = _overlap(_corners(a), _corners(b))
-    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    return iou_of_corners(_corners(a), _corners(b))
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -67,9 +66,19 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Elementwise over (..., 4); for every pair of (B, M, 4) and (B, N, 4) give ``a[:, :, None], b[:, None]``. Two boxes
     without an area count as disjoint instead of NaN.
     """
-    corners = _corners(a), _corners(b)
-    intersection, union = _overlap(*corners)
-    (a_left, a_top, a_right, a_bottom), (b_left, b_top, b_right, b_bottom) = corners
+    return generalized_iou_of_corners(_corners(a), _corners(b))
+
+
+def iou_of_corners(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """As `iou`, of boxes given as four tensors: left, top, right, bottom."""
+    intersection, union = _overlap(a, b)
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def generalized_iou_of_corners(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """As `generalized_iou`, of boxes given as four tensors: left, top, right, bottom."""
+    intersection, union = _overlap(a, b)
+    (a_left, a_top, a_right, a_bottom), (b_left, b_top, b_right, b_bottom) = a, b
     hull = _area(
         torch.minimum(a_left, b_left),
         torch.minimum(a_top, b_top),
@@ -85,14 +94,16 @@ def _corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h
 
 
-def _overlap(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _overlap(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Areas of intersection and union of boxes as corners."""
+    # Before the intersection, as in transformers: gradients are then added up in the same order, and equal to the bit.
+    areas = _area(*a) + _area(*b)
     first, last = (
         [torch.maximum(x, y) for x, y in zip(a[:2], b[:2], strict=True)],
         [torch.minimum(x, y) for x, y in zip(a[2:], b[2:], strict=True)],
     )
     intersection = _area(*first, *last)
-    return intersection, _area(*a) + _area(*b) - intersection
+    return intersection, areas - intersection
 
 
 def _area(left: Tensor, top: Tensor, right: Tensor, bottom: Tensor) -> Tensor:

@@ -1,21 +1,24 @@
-"""The task loss: transformers' own, with all layers matched at once and, on request, every decoder layer supervised."""
+"""The task loss: transformers' own, with all layers matched at once, boxes compared pair by pair, and, on request, every
+decoder layer supervised."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.loss.loss_d_fine import DFineLoss
 from transformers.loss.loss_for_object_detection import ImageLoss
 from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from ..matching import GroundTruthMatcher, Match, Pairs, matches
+from .boxes import generalized_iou_of_corners, iou_of_corners
 
 if TYPE_CHECKING:
     from ..families.base import FamilyAdapter
@@ -46,6 +49,9 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
 
     The value is the same to the bit in float32. Under autocast transformers matches with costs of 8 bits in some
     families; here the costs are always float32. Group DETR's losses (lw_detr, rf_detr) keep transformers' matching.
+    transformers compares each of the N matched boxes of a batch with all N targets and reads the diagonal; with the
+    denoising queries of RT-DETR that is a third of a small model's training step, and grows with the square of the
+    objects. Here boxes are compared with their own targets only.
 
         with task_loss(adapter, per_layer=True) as task:
             output, view = adapter.forward(batch)
@@ -101,6 +107,7 @@ def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
     place to meet them. All criteria call their matcher for the last layer first, then for the auxiliary outputs.
     """
     replaced: list[tuple[nn.Module, nn.Module]] = []
+    compared = ExitStack()
 
     def before(criterion: nn.Module, arguments: tuple) -> None:
         if not isinstance(criterion, (ImageLoss, RTDetrLoss)):
@@ -114,6 +121,7 @@ def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
         pairs = matcher.pairs(logits, [layer["pred_boxes"] for layer in predictions], targets)
         replaced.append((criterion, criterion.matcher))
         criterion.matcher = _Precomputed(pairs)
+        compared.enter_context(_boxes_compared_in_pairs(criterion))
 
         auxiliary = pairs[1:]
         if isinstance(criterion, DFineLoss):
@@ -128,5 +136,60 @@ def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+        compared.close()
         for criterion, matcher in replaced:
             criterion.matcher = matcher
+
+
+@contextmanager
+def _boxes_compared_in_pairs(criterion: nn.Module) -> Iterator[None]:
+    """While it runs, the criterion's IoUs are those of box i with target i, for its methods read only these.
+
+    The functions that give all pairs are global names in the modules of transformers that define the criterion.
+    """
+    modules = {sys.modules[kind.__module__] for kind in type(criterion).__mro__}
+    replaced = [(module, name) for module in modules for name in _IN_PAIRS if name in vars(module)]
+    originals = [getattr(module, name) for module, name in replaced]
+    for (module, name), original in zip(replaced, originals, strict=True):
+        setattr(module, name, _IN_PAIRS[name](original))
+    try:
+        yield
+    finally:
+        for (module, name), original in zip(replaced, originals, strict=True):
+            setattr(module, name, original)
+
+
+class _Diagonal:
+    """Stands for a matrix of which only the diagonal is ever read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None) -> Tensor:
+        if function is not torch.diag:
+            raise TypeError(f"transformers' loss calls {function} where it used to call torch.diag.")
+        return arguments[0].values
+
+
+def _box_iou(original: Callable) -> Callable:
+    """transformers' ``box_iou``: (IoU, union) of boxes as corners, (N, 4) each. Its losses never read the union."""
+
+    def box_iou(a: Tensor, b: Tensor) -> tuple[_Diagonal, None]:
+        return _Diagonal(iou_of_corners(a.float().unbind(-1), b.float().unbind(-1))), None
+
+    return box_iou
+
+
+def _generalized_box_iou(original: Callable) -> Callable:
+    """transformers' ``generalized_box_iou`` of boxes as corners, (N, 4) each."""
+
+    def generalized_box_iou(a: Tensor, b: Tensor) -> _Diagonal | Tensor:
+        if not all((boxes[:, 2:] >= boxes[:, :2]).all() for boxes in (a, b)):
+            return original(a, b)  # which refuses boxes that are NaN or of negative size
+        return _Diagonal(generalized_iou_of_corners(a.float().unbind(-1), b.float().unbind(-1)))
+
+    return generalized_box_iou
+
+
+_IN_PAIRS = {"box_iou": _box_iou, "generalized_box_iou": _generalized_box_iou}
