@@ -36,7 +36,7 @@ MODULES = {
         "matching",
         "sampling",
         "projectors",
-        "losses",
+        "losses.*",
     ),
     "Evaluation": (
         "evaluation.coco_detection.coco_evaluator",
@@ -46,11 +46,9 @@ MODULES = {
     ),
     "After training": ("export", "publishing", "reporting.card"),
 }
-"""By heading, modules of `hf_detrkd` in the order of the page. Of each everything is shown that is defined there and begins
-with no underscore; of `hf_detrkd.data` what the package itself gives."""
+"""By heading, modules of `hf_detrkd` in the order of the page; `.*`: a folder with all of its files. Of each everything is
+shown that is defined there and begins with no underscore; of `hf_detrkd.data` what the package itself gives."""
 
-FOLDERS = {"losses"}
-"""Of these all files are shown."""
 LONGEST = 110
 """Characters of a signature that is written in one line."""
 SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")
@@ -83,15 +81,15 @@ def render() -> str:
 
 @cache
 def modules_by_heading() -> dict[str, list[ModuleType]]:
-    """`MODULES` imported; one that is a folder in `FOLDERS` has its files after it."""
-    result: dict[str, list[ModuleType]] = {}
+    """`MODULES` imported."""
+    result: dict[str, list[ModuleType]] = {title: [] for title in MODULES}
     for title, names in MODULES.items():
-        result[title] = []
-        for module in (import_module(f"hf_detrkd.{name}") for name in names):
-            inner = pkgutil.iter_modules(module.__path__) if hasattr(module, "__path__") else ()
-            inside = [import_module(f"{module.__name__}.{one.name}") for one in inner]
-            whole = module.__name__.rpartition(".")[2] in FOLDERS
-            result[title] += [module, *(inside if whole else ())]
+        for name in names:
+            module = import_module(f"hf_detrkd.{name.removesuffix('.*')}")
+            result[title].append(module)
+            if name.endswith(".*"):
+                files = pkgutil.iter_modules(module.__path__)
+                result[title] += [import_module(f"{module.__name__}.{file.name}") for file in files]
     return result
 
 

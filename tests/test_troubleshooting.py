@@ -21,8 +21,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import save_file
 from scenes import processor
 from transformers import (
-    DetrForSegmentation,
     DetrImageProcessor,
+    DetrModel,
     ResNetConfig,
     ResNetForImageClassification,
     TrainingArguments,
@@ -136,10 +136,6 @@ DATA: list[Trouble] = [
 # -------------------------------------------------------------------------------------------------- classes and models
 
 
-def segmentation_model() -> DetrForSegmentation:
-    return DetrForSegmentation(zoo.config("detr"))
-
-
 def image_classifier() -> ResNetForImageClassification:
     return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
 
@@ -172,7 +168,7 @@ MODELS: list[Trouble] = [
     lambda patch: setup.build_detector(ModelArguments(), None),
     lambda patch: no_teacher(),
     lambda patch: adapter_for(image_classifier()),
-    lambda patch: adapter_for(segmentation_model()),
+    lambda patch: adapter_for(DetrModel(zoo.config("detr"))),
     lambda patch: DistillationTrainer(zoo.build("detr").to(torch.bfloat16), args=config(method="none")),
     lambda patch: make_student(zoo.build("detr"), d_model=10),
     lambda patch: make_student(zoo.build("detr"), decoder_layers=9),
