@@ -36,6 +36,9 @@ from .sheets import DrawSheets
 
 logger = logging.get_logger(__name__)
 
+LEAST_SHARE = 0.01
+"""Of the gradient norm. Shares of 10 to 40 % at the start are what helped in our runs (docs/results)."""
+
 
 class DistillationTrainer(StreamingTrainer, PublishingTrainer):
     """Distils a teacher detector into a student detector.
@@ -149,6 +152,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             self.add_callback(self._sheets(teacher_processing_class or processing_class))
         self.add_callback(StampSeconds())
         self._parts = LossParts()
+        self._warned = False
         self.teacher_digest = None
         if self.teacher is not None:
             self.teacher_digest = digest(self.teacher)  # while this process has all of it
@@ -232,7 +236,23 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         """Adds the means of the losses' parts since the last log, over all processes."""
         if "loss" in logs:
             logs.update(self._parts.means(self.accelerator))
+            self._warn_of_idle_distillation(logs)
         super().log(logs, start_time)
+
+    def _warn_of_idle_distillation(self, logs: dict[str, float]) -> None:
+        """Once: terms this small change nothing, and the run would pass for a distilled one."""
+        share = logs.get("gradient_share_kd")
+        if self._warned or share is None or share >= LEAST_SHARE:
+            return
+        if logs["kd_scale"] < self.args.kd_weight / 2:  # small by the schedule's wish
+            return
+        self._warned = True
+        if self.is_world_process_zero():
+            logger.warning(
+                f"Distillation has {share:.2g} of the gradient norm (`gradient_share_kd`): the student learns nothing from "
+                f"the teacher. Raise `kd_weight` (now {self.args.kd_weight:g}) or the weights of the terms, so that it has 0.1 "
+                "to 0.4 at the start; scripts/tune.py finds the weight."
+            )
 
     def create_optimizer(self, model=None):
         """As Trainer's, with the backbone in groups of its own at ``backbone_lr_factor``."""

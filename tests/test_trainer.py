@@ -124,6 +124,19 @@ def test_logs_every_part_and_its_share_of_the_gradient(tmp_path):
     assert all(0 <= first[f"gradient_share_{term}"] <= 1 for term in terms)
 
 
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [({}, False), ({"kd_weight": 1e-5}, True), ({"kd_weight": 1e-5, "kd_warmup_steps": 100}, False)],
+)
+def test_distillation_that_does_nothing_is_noticed(tmp_path, monkeypatch, settings, warned):
+    said = []
+    monkeypatch.setattr("hf_detrkd.trainer.logger.warning", said.append)
+    trainer(tmp_path, gradient_share_steps=1, logging_steps=1, **settings).train()
+    found = [message for message in said if "gradient_share_kd" in message]
+    assert len(found) == warned
+    assert all("Raise `kd_weight` (now 1e-05)" in message for message in found)
+
+
 def test_gradient_share_is_that_of_separate_backward_passes(tmp_path):
     run = trainer(tmp_path, layer_supervision=False, max_grad_norm=0, ema_decay=0)
     batch = run.data_collator([Scenes()[i] for i in (1, 2)])
