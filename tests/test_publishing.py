@@ -331,7 +331,7 @@ def test_a_disk_that_really_is_full_at_the_end(hub, distilling, disk, monkeypatc
     with pytest.raises(ReportError) as failed:
         distilling("--output_dir", str(disk / "run"))
     message = str(failed.value)
-    for name in ("results.json", "README.md", "trainer_state.json", "test_results.json"):
+    for name in ("results.json", "report.html", "README.md", "trainer_state.json", "all_results.json"):
         assert f"{name}: [Errno 28] No space left on device" in message
     check_student(disk / "run")
     shell(message.splitlines()[-1].strip(), hub, HF_TOKEN=WRITE_TOKEN)  # uploading needs no room here
@@ -366,9 +366,8 @@ def test_a_disk_that_is_full_at_the_end(hub, distilling, tmp_path, monkeypatch, 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("write_json", "plot_curves", "write_card"):
+    for name in ("write_json", "plot_curves", "write_card", "write_state"):
         monkeypatch.setattr(distill, name, full)
-    monkeypatch.setattr(DistillationTrainer, "save_state", full)
     monkeypatch.setattr(DistillationTrainer, "save_metrics", full)
     with pytest.raises(ReportError) as failed:
         distilling()

@@ -36,7 +36,7 @@ from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
 from ..reporting.live import WriteReport
 from ..reporting.report import write_report
-from ..reporting.run import TWIN, UNFINISHED
+from ..reporting.run import STATE, TWIN, UNFINISHED, write_state
 from ..reporting.sheet import draw_comparison
 from ..reporting.table import comparison_table
 from ..reporting.writing import Reports, saving_weights
@@ -307,8 +307,9 @@ def train(
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         seconds = time.perf_counter() - start
         trainer.save_model(_internal_call=True)  # which doesn't push: first everything is written
-    with reports.writing("trainer_state.json"):
-        trainer.save_state()
+    if args.should_save:
+        with reports.writing(STATE):
+            write_state(trainer.state, args.output_dir)
     validation = trainer.evaluate(metric_key_prefix="validation")
     test = trainer.evaluate(data.test, metric_key_prefix="test")
     row = {
@@ -328,7 +329,11 @@ def train(
     }
     for split, metrics in (("train", result.metrics), ("validation", validation), ("test", test)):
         with reports.writing(f"{split}_results.json"):
-            trainer.save_metrics(split, metrics)
+            trainer.save_metrics(split, metrics, combined=False)
+    if args.should_save:
+        # Trainer's own would read the file before it writes it, and fail for good after a disk was full
+        with reports.writing("all_results.json"):
+            write_json({**result.metrics, **validation, **test}, Path(args.output_dir) / "all_results.json")
     return row, trainer.state.log_history
 
 

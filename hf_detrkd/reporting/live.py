@@ -8,7 +8,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from .report import write_report
-from .run import STATE
+from .run import write_state
 
 logger = logging.get_logger(__name__)
 
@@ -35,10 +35,7 @@ class WriteReport(TrainerCallback):
             return
         folder = Path(args.output_dir)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"{STATE}.part"  # whoever reads it meanwhile reads all of it
-            state.save_to_json(str(part))
-            part.replace(folder / STATE)
+            write_state(state, folder)
             write_report(self.folder or folder)
         except OSError as error:  # a full disk: the run doesn't depend on its report
             logger.warning(f"The report of {folder} could not be written: {error}")

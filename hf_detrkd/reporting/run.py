@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_callback import TrainerState
+
 from .curves import History
 
 UNFINISHED = "unfinished.json"
@@ -73,6 +75,15 @@ def read_run(folder: str | Path) -> Run:
     }
     results = {key: value for key, value in results.items() if value is not None} | rows
     return Run(folder, file == finished and finished.is_file(), role, results, states)
+
+
+def write_state(state: TrainerState, folder: str | Path) -> None:
+    """Writes Trainer's state, whole or not at all: whoever watches the run reads all of it, and a full disk leaves the last one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{STATE}.part"
+    state.save_to_json(str(part))
+    part.replace(folder / STATE)
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
