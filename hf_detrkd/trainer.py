@@ -272,6 +272,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     def train(self, *args, **kwargs):
         """As Trainer's; afterwards the student in memory is the one that was evaluated: the moving average."""
+        if self.model_wrapped is self.model:
+            # accelerate takes a model that `evaluate` has prepared for one in DDP: the processes would train apart
+            self.model._is_accelerate_prepared = False
         result = super().train(*args, **kwargs)
         if self.ema is not None:
             self.ema.copy_to_model()
