@@ -57,6 +57,21 @@ def test_same_view(group, name, largest):
         assert freed == inside
 
 
+def test_compiled(group):
+    """`compile_models`, in the order of the trainer; the gathering breaks the graphs and stays outside of them."""
+    model = zoo.build("rt_detr").eval().requires_grad_(False)
+    adapters = adapter_for(model), adapter_for(copy.deepcopy(model))
+    shard_teacher(adapters[1], torch.device("cpu"), 2_000)
+    for module in adapters[1].before_decoder:
+        module.compile(backend="eager")
+    for seed in (0, 1):
+        inputs = zoo.batch(labels=False, seed=seed)
+        with torch.no_grad():
+            (_, own), (_, other) = (adapter.forward(inputs) for adapter in adapters)
+        torch.testing.assert_close(other.logits, own.logits)
+        torch.testing.assert_close(other.features, own.features)
+
+
 @pytest.mark.parametrize("name", zoo.REPLAYED)
 def test_the_decoder_stays_whole(name):
     """What methods replay, once per number of targets in the batch where the decoder takes no mask."""
