@@ -28,35 +28,42 @@ MODULES = {
         "data.augmentation",
         "data.collator",
     ),
-    "Training": ("config", "trainer", "model", "labels", "ema"),
+    "Training": ("config", "trainer", "model", "detectors", "labels", "ema", "sharding"),
     "Models": ("view", "families", "families.base", "students", "backbones"),
     "Building blocks of methods": (
         "methods.base",
         "methods",
         "matching",
-        "sampling",
-        "projectors",
+        "sampling.*",
+        "projectors.*",
         "losses.*",
     ),
     "Evaluation": (
         "evaluation.coco_detection.coco_evaluator",
         "evaluation.streaming",
         "evaluation.detector",
+        "evaluation.agreement",
+        "evaluation.bootstrap",
         "diagnostics",
     ),
-    "After training": ("export", "publishing", "reporting.card"),
+    "After training": ("export", "publishing", "reporting.card", "reporting.report"),
 }
 """By heading, modules of `hf_detrkd` in the order of the page; `.*`: a folder with all of its files. Of each everything is
 shown that is defined there and begins with no underscore; of `hf_detrkd.data` what the package itself gives."""
 
 LONGEST = 110
 """Characters of a signature that is written in one line."""
+ENTRY = re.compile("#### ")
 SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")
 ITEM = re.compile(r"    [\w*`][\w.*, `]*: ")
 
 
 def render() -> str:
-    """The page."""
+    """The page.
+
+    Raises:
+        ValueError: a module of `MODULES` has become a folder, or is empty.
+    """
     public = ", ".join(f"[`{name}`](#{anchor(name)})" for name in hf_detrkd.__all__)
     lines = [
         "# API reference",
@@ -75,7 +82,14 @@ def render() -> str:
     for title, of_title in modules.items():
         lines += ["", f"## {title}"]
         for module in of_title:
-            lines += ["", *of_module(module)]
+            entry = list(of_module(module))
+            if f"{module.__name__.removeprefix('hf_detrkd.')}.*" not in MODULES[title] and not any(
+                map(ENTRY.match, entry)
+            ):
+                raise ValueError(
+                    f"{module.__name__} defines nothing that could be shown: correct MODULES in {__file__}"
+                )
+            lines += ["", *entry]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

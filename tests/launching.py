@@ -40,6 +40,6 @@ def finish(*commands: list[str], timeout: float = 240) -> list[str]:
         for process in started:
             process.wait(timeout=30)
         raise
-    for process, text in zip(started, printed, strict=True):
-        assert process.returncode == 0, text[-3000:]
+    failed = [text[-3000:] for process, text in zip(started, printed, strict=True) if process.returncode]
+    assert not failed, "\n\n".join(failed)  # of several the one that failed first may be any
     return printed

@@ -26,23 +26,16 @@ FOLLOWED = [
 ]
 """Pages that are followed from top to bottom, commands and Python alike, in a folder that has what they call by name."""
 
+TRAINING = ["--max_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
+TRAINING += ["--per_device_train_batch_size", "2", "--sheet_images", "0"]
 QUICK = {
     "inspect_data": ["--sheet_images", "1"],
-    "finetune": [
-        "--max_steps",
-        "1",
-        "--use_cpu",
-        "true",
-        "--disable_tqdm",
-        "true",
-        "--per_device_train_batch_size",
-        "2",
-    ],
+    "finetune": TRAINING,
+    "distill": [*TRAINING, "--with_twin", "false"],
     "make_student": ["--rounds", "0"],
     "evaluate": ["--num_workers", "0"],
     "predict": ["--device", "cpu"],
 }
-QUICK["distill"] = [*QUICK["finetune"], "--sheet_images", "0"]
 """Commands that are run, by module, and flags at their end that make them quick. The others need minutes or finished runs:
 here they only read their flags, and tests of their own run them."""
 
