@@ -75,6 +75,13 @@ class TestGrid:
             lab.grid(overrides=str(tmp_path / "tuned.yaml")).cell("bccd", "small", "heavy", 3).recipe["kd_weight"] == 7
         )
 
+    def test_the_file_of_overrides_may_be_missing_only_before_tuning(self, lab, tmp_path):
+        missing = str(tmp_path / "tuned.yaml")
+        with pytest.raises(ValueError, match=r"tuned.yaml, which is not there. Write it first: python scripts/tune.py"):
+            lab.grid(overrides=missing)
+        path = lab.write(overrides=missing)
+        assert read_grid(path, lab.folder / "runs", to_be_tuned=True).cell("bccd", "small", "heavy", 3)
+
     def test_a_grid_that_chooses_settings_never_sees_test(self, lab):
         recipe = lab.grid(split="validation").cells[1].recipe
         assert recipe["dataset_test_split"] == "validation"
@@ -368,6 +375,17 @@ class TestEmbedding:
         new = embed(text, {}, runs)
         assert "| student |" in new and "| teacher |" not in new and new.endswith("map -->12.3<!-- /results -->")
         assert embed(new, {}, runs) == new
+
+    def test_benchmarks(self, tmp_path):
+        rows = [{"method": "none", "peak_memory_MiB": 1340.5}, {"overhead": 1.0263, "method": "kd_detr"}]
+        (tmp_path / "cost.json").write_text(json.dumps({"what": "step", "rows": rows}))
+        new = embed("<!-- results:cost --><!-- /results -->", {}, read_runs(tmp_path)).splitlines()[1:-1]
+        assert [line.replace(" ", "") for line in new] == [
+            "|method|peak_memory_MiB|overhead|",
+            "|-------|--------------:|-------:|",
+            "|none|1340|-|",
+            "|kd_detr|-|1.03|",
+        ]
 
     def test_tables_and_numbers(self):
         text = "It gains <!-- results:g d/p/a delta -->?<!-- /results -->.\n<!-- results:g -->\nold\n<!-- /results -->\nEnd."

@@ -60,14 +60,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", help="JSON file for the numbers")
     arguments = parser.parse_args(words)
     if arguments.what == "step":
-        rows = [step_row(arguments, method) for method in arguments.method] + peak_memory_rows(arguments)
+        peaks = {method: peak_memory(arguments, method) for method in ("none", *arguments.method)}
+        rows = [{**step_row(arguments, method), "peak_memory_MiB": peaks[method]} for method in arguments.method]
+        rows.insert(0, {"method": "none", "peak_memory_MiB": peaks["none"]})
     elif arguments.what == "memory":
         rows = memory(arguments)
     else:
         rows = [task_loss_row(family, arguments.rounds) for family in arguments.families]
     results = {
         "what": arguments.what,
-        "settings": vars(arguments),
+        "settings": {name: value for name, value in vars(arguments).items() if name not in ("what", "output")},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": rows,
@@ -221,18 +223,14 @@ def recorded_replays(adapter: FamilyAdapter) -> Iterator[list[list[Queries]]]:
         del adapter.replay
 
 
-def peak_memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory of a process that runs plain steps, and of one for each method that runs distillation steps."""
-    rows = []
-    for what in ("none", *arguments.method):
-        command = [sys.executable, "-m", "hf_detrkd.commands.benchmark", "memory", "--method", what]
-        for name in ("student", "teacher", "batch_size", "image_size", "objects"):
-            command += [f"--{name}", str(getattr(arguments, name))]
-        if arguments.method_config and what != "none":
-            command += ["--method_config", json.dumps(arguments.method_config)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append({"method": what, "peak_memory_MiB": float(printed.split()[-1])})
-    return rows
+def peak_memory(arguments: argparse.Namespace, method: str) -> float:
+    """Peak memory, in MiB, of a process that runs three steps of a method; with "none" plain steps of the student."""
+    command = [sys.executable, "-m", "hf_detrkd.commands.benchmark", "memory", "--method", method]
+    for name in ("student", "teacher", "batch_size", "image_size", "objects"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    if arguments.method_config and method != "none":
+        command += ["--method_config", json.dumps(arguments.method_config)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:

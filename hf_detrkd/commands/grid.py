@@ -144,8 +144,11 @@ class Grid:
         return [cell for cell in self.cells if cell.name in wanted]
 
 
-def read_grid(path: str | Path, runs: str | Path = "runs") -> Grid:
+def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool = False) -> Grid:
     """The grid in a YAML file, whose cells lie in ``runs``/<name of the file>/.
+
+    Args:
+        to_be_tuned: the file named by ``overrides`` need not be there yet.
 
     Raises:
         ValueError: for unknown sections and fields, and where a method's cells would differ from the twin's in more than
@@ -162,7 +165,7 @@ def read_grid(path: str | Path, runs: str | Path = "runs") -> Grid:
         raise ValueError(f"{path}: `split` is {split!r}; allowed are test, validation.")
     overrides = content.get("overrides") or {}
     if isinstance(overrides, str):
-        overrides = yaml.safe_load(Path(overrides).read_text())
+        overrides = _read_overrides(path, Path(overrides), to_be_tuned)
     methods = {TWIN: {}} | {name: dict(fields or {}) for name, fields in content["methods"].items()}
     for name, fields in methods.items():
         strange = sorted(set(fields) - METHOD_FIELDS - {"time_of"})
@@ -189,6 +192,17 @@ def read_grid(path: str | Path, runs: str | Path = "runs") -> Grid:
                     cells.append(_teacher(folder, group[0]))
                 cells += group
     return Grid(path.stem, split, tuple(content["seeds"]), tuple(cells))
+
+
+def _read_overrides(grid: Path, path: Path, to_be_tuned: bool) -> dict[str, Any]:
+    if path.is_file():
+        return yaml.safe_load(path.read_text()) or {}
+    if to_be_tuned:
+        return {}
+    raise ValueError(
+        f"{grid}: `overrides` names {path}, which is not there. Write it first: "
+        f"python scripts/tune.py --config {grid} --output {path}"
+    )
 
 
 def _named(flags: Mapping[str, Any], data: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for share in (arguments.target_share, *arguments.search):
         if not 0 < share < 1:
             raise ValueError(f"A share of the gradient norm is {share}; it must lie between 0 and 1.")
-    grid = read_grid(arguments.config, arguments.runs)
+    grid = read_grid(arguments.config, arguments.runs, to_be_tuned=True)
     cells = [cell for cell in grid.selected(arguments.only) if cell.method not in (TEACHER, TWIN) and not cell.time_of]
     found = {}
     for cell in cells:

@@ -5,6 +5,7 @@
 <!-- results:bccd bccd/rt_detr/kd_detr delta -->+3.1    one number
 <!-- results:demo -->                                   the table of a single run with its twin, from ``demo.json``
 <!-- results:demo student map -->11.0                   one number of it, in points: of the teacher, twin or student
+<!-- results:cost_step -->                              what a benchmark measured, a line for each of its rows
 <!-- /results -->                                       the end of each
 """
 
@@ -12,18 +13,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .page import gain_table, number, select
 from .summary import read_summaries
-from .table import comparison_table, points
+from .table import comparison_table, points, text_table
 
 MARKS = re.compile(r"(<!-- results:(\S+)(?: (\S+))?(?: (\S+))? -->)(.*?)(<!-- /results -->)", re.DOTALL)
 
-
 ROLES = ("teacher", "twin", "student")
+BENCHMARKS = ("step", "task-loss")
+"""What `hf_detrkd.commands.benchmark` writes as ``what``."""
 
 
 def embed(text: str, summaries: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -31,7 +33,7 @@ def embed(text: str, summaries: Mapping[str, Mapping[str, Any]], runs: Mapping[s
 
     Args:
         summaries: of grids, by name.
-        runs: what single runs wrote to ``results.json``, by name.
+        runs: what single runs wrote to ``results.json``, and benchmarks to their ``--output``, by name.
 
     Raises:
         ValueError: for a grid, a run, a line or a value that isn't there, and a number of more than one line.
@@ -54,7 +56,9 @@ def embed(text: str, summaries: Mapping[str, Mapping[str, Any]], runs: Mapping[s
 
 
 def of_run(start: str, run: Mapping[str, Any], role: str | None, metric: str | None) -> str:
-    """The table of a run on its test split, or one number of it."""
+    """The table of a run on its test split, or one number of it; the table of a benchmark."""
+    if "rows" in run:
+        return f"\n{benchmark_table(run['rows'])}\n"
     measured = {role: run[role]["test"] for role in ROLES if run.get(role) and run[role].get("test")}
     if role is None:
         return f"\n{comparison_table(measured, markdown=True)}\n"
@@ -63,11 +67,24 @@ def of_run(start: str, run: Mapping[str, Any], role: str | None, metric: str | N
     return points(measured[role][metric])
 
 
+def benchmark_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of a benchmark, with a column for every name in them and three digits of every number."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns.sort(key=lambda name: not any(isinstance(row.get(name), str) for row in rows))  # what was measured comes first
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return value if isinstance(value, str) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+    return text_table(columns, [[cell(row.get(name)) for name in columns] for row in rows], markdown=True)
+
+
 def read_runs(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """The ``results.json`` of single runs in a folder and the folders in it, by path without the suffix."""
+    """Single runs (``results.json``) and benchmarks in a folder and the folders in it, by path without the suffix."""
     contents = {path.relative_to(folder).with_suffix("").as_posix(): path for path in Path(folder).rglob("*.json")}
     contents = {name: json.loads(path.read_text()) for name, path in sorted(contents.items())}
-    return {name: content for name, content in contents.items() if isinstance(content, dict) and "student" in content}
+    return {name: content for name, content in contents.items() if isinstance(content, dict) and ("student" in content or content.get("what") in BENCHMARKS)}
 
 
 def embed_files(paths: list[Path], folder: str | Path) -> list[Path]:
