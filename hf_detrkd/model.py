@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .families import FamilyAdapter
+from .families.checks import enough_places
 from .losses.detection import task_loss
 from .methods import DistillationMethod
 from .view import DetrView
@@ -78,7 +79,8 @@ class DistillationModel(nn.Module):
         if pixel_mask is not None:
             inputs["pixel_mask"] = pixel_mask
         if not self.training:
-            return self.student(**inputs)
+            with enough_places(self.student):
+                return self.student(**inputs)
         if labels is None:
             raise ValueError("`labels` is missing: training needs the targets of every image, empty ones too.")
 

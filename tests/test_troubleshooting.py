@@ -175,6 +175,7 @@ MODELS: list[Trouble] = [
     lambda patch: make_student(zoo.build("yolos"), decoder_layers=1),
     unknown_backbone,
     lambda patch: half_a_backbone(),
+    lambda patch: adapter_for(zoo.build("rt_detr", num_queries=300)).forward(zoo.batch(labels=False)),
 ]
 
 

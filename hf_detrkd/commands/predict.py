@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..detectors import load_detector
+from ..families.checks import enough_places
 from ..reporting.boxes import draw_boxes
 from .arguments import ModelArguments, parse
 from .setup import build_image_processor, write_json
@@ -139,8 +140,9 @@ def detections(
     encoded = processor(images=[picture.pixels for picture in batch], return_tensors="pt")
     inputs = {name: encoded[name].to(model.device) for name in ("pixel_values", "pixel_mask") if name in encoded}
     sizes = torch.tensor([picture.pixels.shape[1:] for picture in batch], device=model.device)
-    with torch.no_grad():
-        found = processor.post_process_object_detection(model(**inputs), threshold=threshold, target_sizes=sizes)
+    with torch.no_grad(), enough_places(model):
+        output = model(**inputs)
+    found = processor.post_process_object_detection(output, threshold=threshold, target_sizes=sizes)
     return [{name: value.cpu() for name, value in one.items()} for one in found]
 
 

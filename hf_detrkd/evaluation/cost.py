@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..families.checks import enough_places
+
 WARMUP, ROUNDS = 5, 30
 """Calls that don't count, and calls that do: the first ones allocate, and choose and compile kernels."""
 INPUTS = ("pixel_values", "pixel_mask")
@@ -70,7 +72,7 @@ def flops(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
     """
     was_training = model.training
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), counter, enough_places(model):
         model.eval()(**inputs)
     model.train(was_training)
     return counter.get_total_flops()

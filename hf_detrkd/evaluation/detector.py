@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import EvalPrediction
 
 from ..data.collator import DetectionCollator
+from ..families.checks import enough_places
 from ..labels import LabelMap
 from .coco_detection.coco_evaluator import CocoEvaluator
 from .streaming import StreamingCocoMetrics, flatten, pack_detections, pack_references
@@ -111,7 +112,9 @@ def detect(
         per image ``scores`` (n,), ``labels`` (n,) of the data set, ``boxes`` (n, 4) xyxy in pixels of the original.
     """
     sizes = torch.stack([target["orig_size"] for target in targets])
-    detections = image_processor.post_process_object_detection(model(**pixels), threshold=0.0, target_sizes=sizes)
+    with enough_places(model):
+        output = model(**pixels)
+    detections = image_processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
     return [translated(detection, lookup) for detection in detections]
 
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from ..view import DetrView, Queries
 from . import capture
 from .capture import DecoderCall
-from .checks import check_checkpointing
+from .checks import check_checkpointing, enough_places
 from .classes import keep_classes
 from .contract import DecoderContract
 from .references import at_least_float32
@@ -70,7 +70,8 @@ class FamilyAdapter(DecoderContract):
             stack.callback(self.feature_module.register_forward_hook(keep_features).remove)
             self._call = call
             stack.callback(self.close)
-            output = self.model(**inputs)
+            with enough_places(self.model):
+                output = self.model(**inputs)
             self.layer_predictions()
         part = self.own(len(call))
         view = self.view_of(call, part, self.queries(call, part), call.predictions, attentions)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..view import DetrView, Queries
 
@@ -40,6 +42,29 @@ def check_checkpointing(adapter: FamilyAdapter, attentions: bool) -> None:
             "gives none: the backward pass would compute the layers again by another function. Load the model "
             "with attn_implementation='eager', or switch checkpointing off."
         )
+
+
+@contextmanager
+def enough_places(model: PreTrainedModel) -> Iterator[None]:
+    """Around a forward pass: says in words that the images are too small for a two-stage detector.
+
+    It makes its queries of the best places of its feature maps, and there must be as many places as queries.
+
+    Raises:
+        ValueError: instead of the RuntimeError of torch.topk, which knows neither.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "selected index k out of range" not in str(error):
+            raise
+        config = model.config
+        number = getattr(config, "two_stage_num_proposals", None) or config.num_queries
+        raise ValueError(
+            f"The images have fewer places in the feature maps of this {config.model_type} model than it has queries, "
+            f"{number}, and it makes each query of another place. Pass larger images (--image_size), or take a model with "
+            "fewer queries (--student_num_queries, or num_queries in its config)."
+        ) from error
 
 
 def checked_queries(adapter: FamilyAdapter, view: DetrView, queries: Queries) -> Queries:
