@@ -29,7 +29,10 @@ class DistillationConfig(TrainingArguments):
 
     method: list[str] = field(
         default_factory=lambda: ["kd_detr"],
-        metadata={"help": "Distillation method(s), or `none` for the twin: the same run without a teacher."},
+        metadata={
+            "help": "Distillation method(s); `auto`: what our runs are best with, by what the pair can carry; `none` for the "
+            "twin: the same run without a teacher."
+        },
     )
     method_config: dict | str | None = field(
         default=None,
@@ -141,6 +144,10 @@ class DistillationConfig(TrainingArguments):
             self.bf16 = not self.fp16 and (launched == "bf16" or able)
         self.method = _method_names(self.method)
         self.method_config = _json_object("method_config", self.method_config)
+        if self.method == ["auto"] and self.method_config is not None:
+            raise ValueError(
+                "`method_config` is given, but `method` is auto, which chooses the settings too. Name the methods to set them."
+            )
         self.teacher_model_init_kwargs = _json_object("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
         super().__post_init__()
         if launched in ("bf16", "fp16") and not self.bf16 and not self.fp16:
@@ -180,6 +187,12 @@ class DistillationConfig(TrainingArguments):
                 "silently lose their gradient. Use `use_reentrant=False`."
             )
 
+    @property
+    def device(self) -> torch.device:
+        """As in transformers, but never "cpu:0", for which several processes of transformers 5.17 can't resume."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def kd_scale(self, step: int, max_steps: int) -> float:
         """The factor of all distillation terms at ``step`` of ``max_steps``.
 
@@ -202,6 +215,8 @@ def _method_names(method: str | list[str]) -> list[str]:
         raise ValueError(f"`method` is {method!r}; name a method, or `none` for no distillation.")
     if "none" in names and len(names) > 1:
         raise ValueError(f"`method` is {names}: `none` means no distillation and can't be combined.")
+    if "auto" in names and len(names) > 1:
+        raise ValueError(f"`method` is {names}: `auto` chooses all methods of a run and can't be combined.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"`method` names {', '.join(repeated)} more than once.")

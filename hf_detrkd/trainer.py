@@ -25,7 +25,7 @@ from .evaluation.trainer import StreamingTrainer
 from .families import adapter_for
 from .labels import LabelMap
 from .loss_parts import LossParts
-from .methods import DistillationMethod, build_methods
+from .methods import DistillationMethod, build_methods, settled
 from .model import DistillationModel
 from .progress import DistillationPrinter, DistillationProgress
 from .publishing_trainer import PublishingTrainer
@@ -107,6 +107,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         if self.teacher is None:
             methods = []
         elif methods is None:
+            args = settled(args, adapter, self.teacher_adapter)
             methods = build_methods(args.method, args.method_config, adapter, self.teacher_adapter)
         wrapper = DistillationModel(
             student,

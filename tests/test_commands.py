@@ -119,13 +119,14 @@ def test_a_run_can_be_watched_while_it_trains(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "trainer_state.json").write_text('{"global_step": 9, "max_steps": 9, "log_history": []}')
     monkeypatch.setattr(distill, "train", spy)
-    flags = ["--teacher_model_name_or_path", save(tmp_path / "teacher", NAMES), "--method", "logit_kd"]
+    flags = ["--teacher_model_name_or_path", save(tmp_path / "teacher", NAMES), "--method", "auto"]
     flags += ["--model_name_or_path", save(tmp_path / "student", NAMES, decoder_layers=2), "--with_twin", "true"]
     flags += ["--max_steps", "1", "--sheet_images", "0", "--run_name", "mine", "--output_dir", str(tmp_path / "run")]
     distill.main([*flags, *QUICK])
     (name, first), (twin_name, second) = seen
     assert (name, twin_name) == ("mine", "mine-twin")
     assert first["student"] is None and first["teacher"]["test"] and first["versions"] and first["label_map"]
+    assert first["settings"]["DistillationConfig"]["method"] == ["proposals", "kd_detr"]  # what auto chose
     assert second["student"]["test"] and second["twin"] is None
 
 

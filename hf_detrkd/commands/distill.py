@@ -30,7 +30,9 @@ from ..config import DistillationConfig
 from ..detectors import digest, load_detector
 from ..evaluation.cost import environment
 from ..evaluation.detector import evaluate_detector
+from ..families import adapter_for
 from ..labels import LabelMap
+from ..methods import settled
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.card import write_card
 from ..reporting.curves import plot_curves
@@ -177,6 +179,8 @@ def distill(
         args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
     run = prepare(model_arguments, data_arguments, extra, args, say)
     data, teacher, processor = run.data, run.teacher, run.processor
+    if teacher is not None:
+        args = settled(args, adapter_for(run.student), adapter_for(teacher))
     results: dict[str, Any] = {"teacher": None, "twin": None, "data": data_of(data)}
     results |= origins(model_arguments, data_arguments)
     models = {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}

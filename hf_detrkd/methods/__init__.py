@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..families import FamilyAdapter
+from .auto import Choice, choose, settled
 from .base import DistillationMethod, Paper, configure
 from .cl_detr import CLDetr, CLDetrConfig
 from .clockdistill import CLoCKDistill, CLoCKDistillConfig
@@ -77,6 +78,7 @@ __all__ = [
     "CLDetrConfig",
     "CLoCKDistill",
     "CLoCKDistillConfig",
+    "Choice",
     "D3ETRConfig",
     "DETRDistill",
     "DETRDistillConfig",
@@ -94,5 +96,7 @@ __all__ = [
     "ProposalsConfig",
     "QSKDConfig",
     "build_methods",
+    "choose",
     "configure",
+    "settled",
 ]

@@ -1,25 +1,32 @@
 """``--method auto``: the methods and settings that our own runs are best with, by what a pair can carry.
 
-The evidence is docs/results, what it says docs/when_distillation_helps.md.
+The evidence is in docs/results; docs/when_distillation_helps.md says what follows from it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from ..families import FamilyAdapter
 
-AUTO = "auto"
+if TYPE_CHECKING:
+    from ..config import DistillationConfig
+
+logger = logging.get_logger(__name__)
 
 _POINTS = {"class_loss": "bernoulli", "weights": {"general_class": 0, "general_l1": 0, "general_giou": 0}}
-"""KD-DETR with the teacher's own queries only: half the cost, and twice the gain of the defaults on BCCD (validation)."""
+"""KD-DETR on the teacher's own queries only: without a decoder pass of the teacher, and better on BCCD's validation split
+than with random ones (docs/results/README.md)."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `DistillationConfig` would say had the user chosen it."""
+    """What a `DistillationConfig` would say had the user chosen it."""
 
     method: tuple[str, ...]
     method_config: Mapping[str, Any] | None
@@ -29,21 +36,29 @@ class Choice:
 
 
 def choose(student: FamilyAdapter, teacher: FamilyAdapter) -> Choice:
-    """The methods for a pair.
-
-    Raises:
-        ValueError: a pair of which we have no run to judge by, and no method that is safe without one.
-    """
-    first_stages = "proposals" in student.provides & teacher.provides
-    if first_stages:
+    """The methods for a pair, by what its families provide. Every pair has one."""
+    if "proposals" in student.provides & teacher.provides:
         return Choice(
             ("proposals", "kd_detr"),
             {"kd_detr": _POINTS},
             "linear",
-            "both models are two-stage: the student's first stage learns what to select, its decoder from the teacher's queries",
+            "both models are two-stage, and distillation of the first stage is what helps these most",
         )
     if "replay" in student.provides:
         return Choice(("kd_detr",), _POINTS, "linear", "the student's decoder can answer the teacher's own queries")
-    return Choice(
-        ("logit_kd",), None, "linear", "the student's decoder can't be replayed, so predictions are matched instead"
-    )
+    return Choice(("logit_kd",), None, "linear", "the student's decoder can't be replayed: predictions are matched")
+
+
+def settled(args: DistillationConfig, student: FamilyAdapter, teacher: FamilyAdapter) -> DistillationConfig:
+    """The settings with the methods chosen for a pair in place of ``auto``; where they name methods, these very settings.
+
+    A decay that was asked for stays.
+    """
+    if args.method != ["auto"]:
+        return args
+    choice = choose(student, teacher)
+    decay = choice.kd_decay if args.kd_decay == "none" else args.kd_decay
+    logger.warning(f"method auto: {' + '.join(choice.method)}, kd_decay {decay}: {choice.reason}.")
+    args = copy.copy(args)
+    args.method, args.method_config, args.kd_decay = list(choice.method), choice.method_config, decay
+    return args

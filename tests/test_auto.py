@@ -1,0 +1,72 @@
+"""`--method auto`: what it chooses can be run, and is what the run says it was."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import zoo
+from scenes import Scenes, processor
+
+from hf_detrkd import DistillationConfig, DistillationTrainer
+from hf_detrkd.families import FamilyAdapter, adapter_for
+from hf_detrkd.methods import build_methods, choose, settled
+
+
+@cache
+def adapter(name: str, classes: int = zoo.CLASSES) -> FamilyAdapter:
+    return adapter_for(zoo.build(name, classes=classes))
+
+
+def config(**settings) -> DistillationConfig:
+    return DistillationConfig(**{"output_dir": "unused", "use_cpu": True, "method": "auto", **settings})
+
+
+@pytest.mark.parametrize("classes", [1, zoo.CLASSES])
+@pytest.mark.parametrize("student", zoo.NAMES)
+def test_every_pair_has_methods_that_can_be_built(student, classes):
+    for teacher in zoo.NAMES:
+        pair = adapter(student, classes), adapter(teacher, classes)
+        choice = choose(*pair)
+        assert [m.name for m in build_methods(choice.method, choice.method_config, *pair)] == list(choice.method)
+
+
+def test_what_a_pair_can_carry_decides():
+    assert choose(adapter("rt_detr"), adapter("rt_detr")).method == ("proposals", "kd_detr")
+    assert choose(adapter("rt_detr"), adapter("detr")).method == ("kd_detr",)
+    assert choose(adapter("yolos"), adapter("rt_detr")).method == ("logit_kd",)
+
+
+def test_settings_of_the_choice():
+    args = config()
+    new = settled(args, adapter("detr"), adapter("detr"))
+    assert (new.method, new.kd_decay, args.method) == (["kd_detr"], "linear", ["auto"])
+    assert new.method_config["weights"]["general_class"] == 0
+    assert settled(config(kd_decay="cosine"), adapter("detr"), adapter("detr")).kd_decay == "cosine"
+    named = config(method="qskd")
+    assert settled(named, adapter("detr"), adapter("detr")) is named
+
+
+def test_trainer(tmp_path):
+    args = config(output_dir=str(tmp_path))
+    trainer = DistillationTrainer(
+        zoo.build("rt_detr"),
+        zoo.build("rt_detr"),
+        args,
+        train_dataset=Scenes(),
+        processing_class=processor(),
+    )
+    assert list(trainer.model.methods) == trainer.args.method == ["proposals", "kd_detr"]
+    assert args.method == ["auto"]  # the user's own
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": ["auto", "kd_detr"]}, "`auto` chooses all methods of a run and can't be combined"),
+        ({"method_config": {"temperature": 2}}, "`method` is auto, which chooses the settings too"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
