@@ -96,7 +96,7 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
         Step(
             "The student, its twin, and the student on the Hub",
             f"hf-detrkd distill --teacher_model_name_or_path runs/teacher --student_decoder_layers 2 {data} "
-            f"--output_dir runs/student --method kd_detr --with_twin true --num_train_epochs {arguments.epochs} {train} "
+            f"--output_dir runs/student --method auto --with_twin true --num_train_epochs {arguments.epochs} {train} "
             f"--push_to_hub true --hub_model_id {STUDENT}",
             12,
         ),

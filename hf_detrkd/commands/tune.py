@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
+from ..progress import DistillationPrinter, DistillationProgress
 from ..reporting.fairness import METHOD_FIELDS
 from ..reporting.summary import TWIN
 from ..trainer import DistillationTrainer
@@ -187,6 +188,8 @@ def measure(cell: Cell, fields: Mapping[str, Any], after: int, steps: int) -> Me
         teacher_processing_class=run.teacher_processor,
         callbacks=[_Measure(after, steps)],
     )
+    for printing in (DistillationPrinter, DistillationProgress):  # a line for every step of every round
+        trainer.remove_callback(printing)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "gradient_share_kd" in log]
     if not logs:
