@@ -55,7 +55,7 @@ def render() -> str:
         "",
         "Written by `python tests/families_table.py`, which asks the adapters. Every family gives its views logits, boxes and",
         "hidden states, the memory and the backbone's maps; what else a method can count on differs. A method says what it",
-        "needs, and a pair that lacks it is refused before training; `python tests/pairs_table.py` tries all pairs.",
+        "needs, and a pair that lacks it is refused before training; [pairs.md](pairs.md) has all pairs.",
         "",
         "| family | classes | " + " | ".join(name.replace("_", " ") for name in CAPABILITIES) + " |",
         "| --- | --- |" + " :-: |" * len(CAPABILITIES),

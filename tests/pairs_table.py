@@ -20,7 +20,7 @@ import zoo
 from transformers import PreTrainedModel
 
 from hf_detrkd import DistillationModel
-from hf_detrkd.families import adapter_for
+from hf_detrkd.families import FamilyAdapter, adapter_for
 from hf_detrkd.labels import LabelMap
 from hf_detrkd.methods import METHODS, build_methods
 
@@ -47,6 +47,12 @@ def teacher_of(name: str) -> PreTrainedModel:
     return zoo.build(name, seed=2).eval().requires_grad_(False)
 
 
+def adapters(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[FamilyAdapter, FamilyAdapter]:
+    """Of the classes they share."""
+    labels = LabelMap.between(teacher.config.id2label, student.config.id2label)
+    return adapter_for(student, classes=labels.student_classes), adapter_for(teacher, classes=labels.teacher_classes)
+
+
 def run_cell(student_name: str, teacher_name: str, method: str) -> str:
     """ "works", or the sentence that refuses the pair.
 
@@ -55,10 +61,8 @@ def run_cell(student_name: str, teacher_name: str, method: str) -> str:
     """
     torch.manual_seed(0)
     student, unreached = student_of(student_name)
-    student, teacher = copy.deepcopy(student), teacher_of(teacher_name)
-    labels = LabelMap.between(teacher.config.id2label, student.config.id2label)
-    adapter = adapter_for(student, classes=labels.student_classes)
-    teacher_adapter = adapter_for(teacher, classes=labels.teacher_classes)
+    student = copy.deepcopy(student)
+    adapter, teacher_adapter = adapters(student, teacher_of(teacher_name))
     try:
         methods = build_methods([method], SETTINGS.get(method), adapter, teacher_adapter)
     except ValueError as refusal:
