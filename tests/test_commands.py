@@ -19,6 +19,7 @@ from transformers import AutoModelForObjectDetection
 from hf_detrkd import DetectionDataset
 from hf_detrkd.commands import distill, evaluate, finetune, summarize
 from hf_detrkd.commands.distill import checkpoint_to_resume, found_by_all, last_complete_checkpoint
+from hf_detrkd.commands.gate import finds_nothing, no_better
 
 SHAPES = f"shapes:train=8,validation=3,test=3,size={zoo.SIZE}"
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -76,6 +77,7 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "twin" in printed and "student" in printed and "specific_l1" in printed
+    assert "WARNING: the teacher has AP 0." in printed  # it is not trained
 
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results, default=str))
     assert results["student"]["method"] == "kd_detr" and results["twin"]["method"] == "none"
@@ -154,6 +156,12 @@ def test_twin_and_student_start_alike_and_see_the_same_data(tmp_path, monkeypatc
     assert all(torch.equal(started[0][name], started[1][name]) for name in started[0])
     assert seen[0] == seen[1]
     assert {epoch for _, epoch in seen[0]} == {0, 1}  # 4 steps an epoch: the augmentation moves on
+
+
+def test_the_teachers_gate():
+    assert finds_nothing({"map": 0.01}) is None and no_better(0.2, 0.1) is None
+    assert "AP 0.4 on the validation split: there is nothing to learn from it" in finds_nothing({"map": 0.004})
+    assert "no better than the twin, AP 10.0 and 10.0" in no_better(0.1, 0.1)
 
 
 def test_resume_choices(tmp_path):

@@ -35,6 +35,7 @@ from ..reporting.gains import plot_gains, plot_progress
 from ..reporting.page import gain_table, markdown
 from ..reporting.summary import TWIN, overview, read_summaries, summarize
 from .diagnose import diagnose_cells
+from .gate import no_better
 from .grid import TEACHER, Cell, Grid, read_grid
 from .setup import write_json
 
@@ -154,12 +155,7 @@ class Runner:
         teacher = self.grid.cell(cell.data, cell.pair, TEACHER).read()["teacher"]["validation"]["map"]
         twins = [self.grid.cell(cell.data, cell.pair, TWIN, seed) for seed in self.grid.seeds]
         twin = statistics.mean(twin.read()["student"]["validation"]["map"] for twin in twins if twin.state() == "done")
-        if teacher > twin:
-            return None
-        return (
-            f"the teacher is no better than the twin, AP {100 * teacher:.1f} and {100 * twin:.1f} on the validation split. "
-            "Is it the teacher's image size, are these its classes? Or train a better one, or take a smaller student"
-        )
+        return no_better(teacher, twin)
 
     def _start(self, cell: Cell) -> bool:
         """Starts a cell, unless another harness has it in work."""

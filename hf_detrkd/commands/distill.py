@@ -45,6 +45,7 @@ from ..reporting.writing import Reports, saving_weights
 from ..students import inherit, make_student
 from ..trainer import DistillationTrainer
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
+from .gate import finds_nothing, no_better
 from .records import (
     StepClock,
     costs_of,
@@ -190,6 +191,8 @@ def distill(
         for split, metrics in (("validation", "validation"), (data.test_split, "test")):
             if results["teacher"][metrics]:
                 say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
+        if results["teacher"]["validation"]:
+            _warn(finds_nothing(results["teacher"]["validation"]), say)
     costs = {}
     if args.process_index == 0 and not extra.only_teacher:
         costs = costs_of(models | {"student": (run.student, processor)}, data.test[0]["image"], args)
@@ -244,8 +247,16 @@ def distill(
             f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, report.html, "
             "curves.png, sheet.png, README.md"
         )
+        if results["twin"] and results["teacher"]["validation"]:
+            validation = [results[role]["validation"]["map"] for role in ("teacher", "twin")]
+            _warn(no_better(*validation), say)
         finish(reports, results, args, say)
     return results
+
+
+def _warn(trouble: str | None, say: Callable[[str], None]) -> None:
+    if trouble:
+        say(f"\nWARNING: {trouble}.")
 
 
 def origins(model_arguments: ModelArguments, data_arguments: DataArguments) -> dict[str, Any]:

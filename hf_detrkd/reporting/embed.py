@@ -70,7 +70,9 @@ def of_run(start: str, run: Mapping[str, Any], role: str | None, metric: str | N
 def benchmark_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of a benchmark, with a column for every name in them and three digits of every number."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    columns.sort(key=lambda name: not any(isinstance(row.get(name), str) for row in rows))  # what was measured comes first
+    columns.sort(
+        key=lambda name: not any(isinstance(row.get(name), str) for row in rows)
+    )  # what was measured comes first
 
     def cell(value: Any) -> str:
         if value is None:
@@ -84,7 +86,11 @@ def read_runs(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Single runs (``results.json``) and benchmarks in a folder and the folders in it, by path without the suffix."""
     contents = {path.relative_to(folder).with_suffix("").as_posix(): path for path in Path(folder).rglob("*.json")}
     contents = {name: json.loads(path.read_text()) for name, path in sorted(contents.items())}
-    return {name: content for name, content in contents.items() if isinstance(content, dict) and ("student" in content or content.get("what") in BENCHMARKS)}
+
+    def known(content: Any) -> bool:
+        return isinstance(content, dict) and ("student" in content or content.get("what") in BENCHMARKS)
+
+    return {name: content for name, content in contents.items() if known(content)}
 
 
 def embed_files(paths: list[Path], folder: str | Path) -> list[Path]:
