@@ -132,7 +132,7 @@ def parse(module: str, flags: list[str]) -> None:
 def _check_methods(arguments: Any) -> None:
     """Methods and their settings are read later than flags, when the pair is known."""
     for config in arguments if isinstance(arguments, tuple) else ():
-        if isinstance(config, DistillationConfig) and config.method != ["none"]:
+        if isinstance(config, DistillationConfig) and config.method not in (["none"], ["auto"]):
             settings = config.method_config or {}
             for name in config.method:
                 configure(METHODS[name].config_class, settings if len(config.method) == 1 else settings.get(name))
