@@ -19,7 +19,6 @@ def commands(page: str) -> list[str]:
     return [re.sub(r" \\\n +", " ", block) for block in blocks]
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="the page is not made yet: python tests/walkthrough.py")
 def test_the_page_is_the_scripts():
     page = PAGE.read_text(encoding="utf-8")
     words = shlex.split(re.search("<!-- (.*?) -->", page)[1])

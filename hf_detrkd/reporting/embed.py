@@ -70,9 +70,8 @@ def of_run(start: str, run: Mapping[str, Any], role: str | None, metric: str | N
 def benchmark_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of a benchmark, with a column for every name in them and three digits of every number."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    columns.sort(
-        key=lambda name: not any(isinstance(row.get(name), str) for row in rows)
-    )  # what was measured comes first
+    # What was measured comes first, then the numbers
+    columns.sort(key=lambda name: not any(isinstance(row.get(name), str) for row in rows))
 
     def cell(value: Any) -> str:
         if value is None:
