@@ -213,7 +213,9 @@ def test_identical_student_has_nothing_to_learn(form):
     student = adapter_for(copy.deepcopy(teacher.model))
     method = LD(LDConfig(form=form, layers="paired"), student, teacher)
     batch = zoo.batch()
-    assert method(look(student), look(teacher), batch["labels"], None)["ld"] < 1e-5  # float32's rounding: 1.2e-6 on transformers 5.17
+    assert (
+        method(look(student), look(teacher), batch["labels"], None)["ld"] < 1e-5
+    )  # float32's rounding: 1.2e-6 on transformers 5.17
     final = LD(LDConfig(form=form), student, teacher)
     assert final(look(student), look(teacher), batch["labels"], None)["ld"] > 1e-3  # earlier layers learn from the last
 

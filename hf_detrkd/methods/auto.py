@@ -42,7 +42,7 @@ def choose(student: FamilyAdapter, teacher: FamilyAdapter) -> Choice:
             ("proposals", "kd_detr"),
             {"kd_detr": _POINTS},
             "linear",
-            "both models are two-stage, and distillation of the first stage is what helps these most",
+            "both models are of the RT-DETR line, whose first stage selects what the decoder gets",
         )
     if "replay" in student.provides:
         return Choice(("kd_detr",), _POINTS, "linear", "the student's decoder can answer the teacher's own queries")
