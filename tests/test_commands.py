@@ -18,8 +18,8 @@ from transformers import AutoModelForObjectDetection
 
 from hf_detrkd import DetectionDataset
 from hf_detrkd.commands import distill, evaluate, finetune, summarize
-from hf_detrkd.commands.distill import checkpoint_to_resume, found_by_all, last_complete_checkpoint
 from hf_detrkd.commands.gate import finds_nothing, no_better
+from hf_detrkd.commands.resuming import checkpoint_to_resume, found_by_all, last_complete_checkpoint
 
 SHAPES = f"shapes:train=8,validation=3,test=3,size={zoo.SIZE}"
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]

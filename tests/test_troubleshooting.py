@@ -39,8 +39,9 @@ from hf_detrkd import (
 )
 from hf_detrkd.commands import predict, setup
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
-from hf_detrkd.commands.distill import DistillArguments, checkpoint_to_resume, prepare
+from hf_detrkd.commands.distill import DistillArguments, prepare
 from hf_detrkd.commands.grid import read_grid
+from hf_detrkd.commands.resuming import checkpoint_to_resume
 from hf_detrkd.data import check_dataset, keep_classes
 from hf_detrkd.evaluation.coco_detection import coco_evaluator
 from hf_detrkd.labels import LabelMap

@@ -15,15 +15,12 @@ TEACHER and STUDENT are local folders or Hub ids, DATA is a folder (COCO, YOLO, 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
-from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
@@ -34,32 +31,26 @@ from ..families import adapter_for
 from ..labels import LabelMap
 from ..methods import settled
 from ..publishing import finish, open_repository, repository_of
-from ..reporting.card import write_card
-from ..reporting.curves import plot_curves
 from ..reporting.live import WriteReport
-from ..reporting.report import write_report
-from ..reporting.run import STATE, TWIN, UNFINISHED, write_state
-from ..reporting.sheet import draw_comparison
-from ..reporting.table import comparison_table
-from ..reporting.writing import Reports, saving_weights
+from ..reporting.run import TWIN, UNFINISHED
+from ..reporting.writing import Reports
 from ..students import inherit, make_student
-from ..trainer import DistillationTrainer
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
 from .gate import finds_nothing, no_better
 from .records import (
-    StepClock,
     costs_of,
     data_of,
     forget_earlier,
-    mean_shares,
     name_run,
     origin,
-    peak_memory,
+    origins,
     settings,
     versions,
     write_unfinished,
 )
+from .resuming import checkpoint_to_resume, found_by_all, last_complete_checkpoint
 from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
+from .training import train, write_down
 
 
 @dataclass
@@ -228,25 +219,7 @@ def distill(
         results[role] |= costs.get(role, {})
 
     if args.should_save:
-        with reports.writing("results.json"):
-            write_json(results, output / "results.json")
-            (output / UNFINISHED).unlink(missing_ok=True)
-        with reports.writing("curves.png"):
-            plot_curves(histories, output / "curves.png")
-        if args.sheet_images:
-            with reports.writing("sheet.png"):
-                draw_comparison(models, data.test, output / "sheet.png", number=args.sheet_images)
-        with reports.writing("report.html"):
-            write_report(output)
-        with reports.writing("README.md"):
-            write_card(output, results)
-        table = comparison_table(
-            {role: results[role]["test"] for role in ("teacher", "twin", "student") if results.get(role)}
-        )
-        say(
-            f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}: model, results.json, report.html, "
-            "curves.png, sheet.png, README.md"
-        )
+        write_down(results, models, histories, data, args, reports, say)
         if results["twin"] and results["teacher"]["validation"]:
             validation = [results[role]["validation"]["map"] for role in ("teacher", "twin")]
             _warn(no_better(*validation), say)
@@ -257,15 +230,6 @@ def distill(
 def _warn(trouble: str | None, say: Callable[[str], None]) -> None:
     if trouble:
         say(f"\nWARNING: {trouble}.")
-
-
-def origins(model_arguments: ModelArguments, data_arguments: DataArguments) -> dict[str, Any]:
-    """For ``results.json`` and the card: the checkpoint the student started from, and whether the data are on the Hub."""
-    start, name = None, data_arguments.dataset_name
-    if model_arguments.model_name_or_path is not None:
-        start = origin(model_arguments.model_name_or_path, model_arguments.model_revision, model_arguments.cache_dir)
-    local = name.partition(":")[0] == "shapes" or Path(name).expanduser().exists()
-    return {"start": start, "dataset_on_hub": not local}
 
 
 def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[str, Any]:
@@ -289,69 +253,6 @@ def teacher_row(run: Prepared, args: DistillationConfig, measure: bool) -> dict[
     return row
 
 
-def train(
-    model,
-    args: DistillationConfig,
-    data: Data,
-    processor,
-    teacher,
-    teacher_processor,
-    reports: Reports,
-    *callbacks: TrainerCallback,
-) -> tuple[dict, list]:
-    """Trains one detector and evaluates it on the validation and test splits.
-
-    Returns:
-        the row for ``results.json`` and the log history.
-    """
-    initial, clock = digest(model), StepClock()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    trainer = DistillationTrainer(
-        model=model,
-        teacher_model=teacher,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=processor,
-        teacher_processing_class=teacher_processor,
-        callbacks=[clock, *callbacks],
-    )
-    start = time.perf_counter()
-    with saving_weights(args.output_dir, lambda: last_complete_checkpoint(Path(args.output_dir))):
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        seconds = time.perf_counter() - start
-        trainer.save_model(_internal_call=True)  # which doesn't push: first everything is written
-    if args.should_save:
-        with reports.writing(STATE):
-            write_state(trainer.state, args.output_dir)
-    validation = trainer.evaluate(metric_key_prefix="validation")
-    test = trainer.evaluate(data.test, metric_key_prefix="test")
-    row = {
-        "method": "+".join(args.method),
-        "model_type": model.config.model_type,
-        "initial_digest": initial,
-        "parameters": model.num_parameters(),
-        "steps": result.global_step,
-        "train_seconds": round(seconds, 1),
-        "step_seconds": clock.median(),
-        "peak_memory_MiB": round(peak_memory(), 1),
-        "gradient_shares": mean_shares(trainer.state.log_history),
-        "curve": [[log["step"], log["eval_map"]] for log in trainer.state.log_history if "eval_map" in log],
-        "resumed_from": args.resume_from_checkpoint,
-        "validation": {name.removeprefix("validation_"): value for name, value in validation.items()},
-        "test": {name.removeprefix("test_"): value for name, value in test.items()},
-    }
-    for split, metrics in (("train", result.metrics), ("validation", validation), ("test", test)):
-        with reports.writing(f"{split}_results.json"):
-            trainer.save_metrics(split, metrics, combined=False)
-    if args.should_save:
-        # Trainer's own would read the file before it writes it, and fail for good after a disk was full
-        with reports.writing("all_results.json"):
-            write_json({**result.metrics, **validation, **test}, Path(args.output_dir) / "all_results.json")
-    return row, trainer.state.log_history
-
-
 def twin_of(args: DistillationConfig) -> DistillationConfig:
     """The same settings without a teacher, in the folder ``twin`` of the output folder."""
     twin = copy.deepcopy(args)
@@ -362,46 +263,6 @@ def twin_of(args: DistillationConfig) -> DistillationConfig:
     if args.resume_from_checkpoint is not None:
         twin.resume_from_checkpoint = found_by_all(last_complete_checkpoint(Path(twin.output_dir)))
     return twin
-
-
-def checkpoint_to_resume(wish: str | None, output: Path) -> str | None:
-    """The checkpoint to go on from.
-
-    ``"true"`` means the last complete one in the output folder, if there is one; a path means that one.
-
-    Raises:
-        ValueError: the output folder has checkpoints of an earlier run and nothing was said about them.
-    """
-    last = last_complete_checkpoint(output)
-    if wish is None or str(wish).lower() == "false":
-        if last is not None and wish is None:
-            raise ValueError(
-                f"{output} has checkpoints of an earlier run (the last is {last}). Pass --resume_from_checkpoint true to "
-                "go on from it, or choose another --output_dir."
-            )
-        return None
-    return last if str(wish).lower() == "true" else str(wish)
-
-
-def found_by_all(checkpoint: str | None) -> str | None:
-    """The checkpoint, if every process has found one of the same step.
-
-    Raises:
-        ValueError: machines that share no disk would go on from different steps.
-    """
-    found = gather_object([checkpoint])
-    if len({path and Path(path).name for path in found}) > 1:
-        raise ValueError(
-            f"The processes have found different checkpoints to resume from: {', '.join(map(str, found))}. Put --output_dir "
-            "on a disk that all machines share, or let each machine write its own (--save_on_each_node true)."
-        )
-    return checkpoint
-
-
-def last_complete_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes ``trainer_state.json`` last."""
-    complete = [folder.parent for folder in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda folder: int(folder.name.split("-")[-1]))) if complete else None
 
 
 if __name__ == "__main__":

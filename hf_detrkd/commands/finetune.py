@@ -18,18 +18,14 @@ from transformers import set_seed
 from ..config import DistillationConfig
 from ..evaluation.cost import environment
 from ..publishing import finish, open_repository, repository_of
-from ..reporting.card import write_card
-from ..reporting.curves import plot_curves
 from ..reporting.live import WriteReport
-from ..reporting.report import write_report
 from ..reporting.run import UNFINISHED
-from ..reporting.sheet import draw_comparison
-from ..reporting.table import comparison_table
 from ..reporting.writing import Reports
 from .arguments import DataArguments, ModelArguments, parse
-from .distill import checkpoint_to_resume, found_by_all, origins, train
-from .records import costs_of, data_of, forget_earlier, name_run, settings, versions, write_unfinished
-from .setup import augment, build_detector, build_image_processor, load_data, write_json
+from .records import costs_of, data_of, forget_earlier, name_run, origins, settings, versions, write_unfinished
+from .resuming import checkpoint_to_resume, found_by_all
+from .setup import augment, build_detector, build_image_processor, load_data
+from .training import train, write_down
 
 
 @dataclass
@@ -72,22 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results["model"], history = train(model, args, data, processor, None, None, reports, WriteReport())
     results["model"] |= costs.get("model", {})
     if args.should_save:
-        with reports.writing("results.json"):
-            write_json(results, output / "results.json")
-            (output / UNFINISHED).unlink(missing_ok=True)
-        with reports.writing("curves.png"):
-            plot_curves({"model": history}, output / "curves.png")
-        if args.sheet_images:
-            with reports.writing("sheet.png"):
-                draw_comparison(
-                    {"model": (model, processor)}, data.test, output / "sheet.png", number=args.sheet_images
-                )
-        with reports.writing("report.html"):
-            write_report(output)
-        with reports.writing("README.md"):
-            write_card(output, results)
-        table = comparison_table({"model": results["model"]["test"]})
-        say(f"\nCOCO AP on {data.test_split}, in points\n{table}\n\nwritten to {output}")
+        write_down(results, {"model": (model, processor)}, {"model": history}, data, args, reports, say)
         finish(reports, results, args, say)
     return results
 

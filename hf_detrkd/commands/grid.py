@@ -30,7 +30,7 @@ import yaml
 
 from ..reporting.fairness import HARMLESS, METHOD_FIELDS
 from ..reporting.summary import TWIN
-from .distill import last_complete_checkpoint
+from .resuming import last_complete_checkpoint
 
 TEACHER = "teacher"
 OF_THE_HARNESS = frozenset(

@@ -20,6 +20,7 @@ from ..config import DistillationConfig
 from ..evaluation.cost import cost_rows
 from ..reporting.run import STATE, TWIN, UNFINISHED
 from ..reporting.versions import versions
+from .arguments import DataArguments, ModelArguments
 from .setup import Data, write_json
 
 TIMED = 10
@@ -141,3 +142,12 @@ __all__ = [
     "versions",
     "write_unfinished",
 ]
+
+
+def origins(model_arguments: ModelArguments, data_arguments: DataArguments) -> dict[str, Any]:
+    """For ``results.json`` and the card: the checkpoint the student started from, and whether the data are on the Hub."""
+    start, name = None, data_arguments.dataset_name
+    if model_arguments.model_name_or_path is not None:
+        start = origin(model_arguments.model_name_or_path, model_arguments.model_revision, model_arguments.cache_dir)
+    local = name.partition(":")[0] == "shapes" or Path(name).expanduser().exists()
+    return {"start": start, "dataset_on_hub": not local}
