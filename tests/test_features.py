@@ -9,7 +9,7 @@ import torch
 import zoo
 
 from hf_detrkd.families import adapter_for
-from hf_detrkd.losses.features import box_scores, cwd, feature_mse, fgd, pkd, scale_masks
+from hf_detrkd.losses.features import box_scores, cwd, feature_mse, fgd, pkd, relative_error, scale_masks
 from hf_detrkd.methods import build_methods
 from hf_detrkd.methods.features import SCALES
 from hf_detrkd.projectors import GlobalContext, MapProjector, MaskedGeneration
@@ -62,6 +62,29 @@ def test_score_weighted():
     student, teacher = maps((2.0, 1.0)), maps((0.0, 0.0))
     assert feature_mse(student, teacher, torch.tensor([[[0.8, 0.2]]])).item() == pytest.approx(3.4)
     assert feature_mse(student, teacher, torch.full((1, 1, 2), 0.3)).item() == pytest.approx(2.5)
+
+
+def test_relative_error():
+    """Squared errors 1 and 4 under scores .8 and .2 are 1.6, the teacher's squares 4 and 16 are 6.4: a quarter."""
+    student, teacher, scores = maps((1.0, 2.0)), maps((2.0, 4.0)), torch.tensor([[[0.8, 0.2]]])
+    assert relative_error(student, teacher, scores).item() == pytest.approx(0.25)
+    assert relative_error(1e-3 * student, 1e-3 * teacher, scores).item() == pytest.approx(0.25)
+    assert relative_error(torch.zeros(1, 1, 1, 2), teacher, scores).item() == 1
+    assert relative_error(student, torch.zeros(1, 1, 1, 2), scores).isfinite()
+    assert relative_error(student, teacher, torch.zeros(1, 1, 2)).item() == 0
+
+
+def test_relative_error_against_loops():
+    student, teacher, weight = random_maps(0, 2, 3, 4, 5), random_maps(1, 2, 3, 4, 5), random_maps(2, 2, 4, 5).abs()
+    error = squares = 0.0
+    for image in range(2):
+        for y in range(4):
+            for x in range(5):
+                for c in range(3):
+                    own, its = student[image, c, y, x].item(), teacher[image, c, y, x].item()
+                    error += weight[image, y, x].item() * (own - its) ** 2
+                    squares += weight[image, y, x].item() * its**2
+    assert relative_error(student, teacher, weight).item() == pytest.approx(error / squares, rel=1e-5)
 
 
 def test_box_scores():
@@ -166,6 +189,7 @@ def losses(student, teacher, mask):
     boxes = [torch.tensor([[0.5, 0.5, 0.5, 0.5]])] * len(student)
     return {
         "mse": feature_mse(student, teacher, mask),
+        "relative": relative_error(student, teacher, mask),
         "fgd": fgd(student, teacher, scale_masks(boxes, mask, inclusive=True), mask),
         "cwd": cwd(student, teacher, mask),
         "pkd": pkd(student, teacher, mask),
@@ -242,7 +266,7 @@ def test_every_loss_trains(loss, tap):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "fgdd"}, "`loss` of FeaturesConfig is 'fgdd'; allowed are 'score', 'mse', 'fgd'"),
+        ({"loss": "fgdd"}, "`loss` of FeaturesConfig is 'fgdd'; allowed are 'score', 'mse', 'relative'"),
         ({"masked_share": 1.5}, "`masked_share` is 1.5"),
         ({"temperature": 0.0}, "`temperature` is 0.0"),
         ({"weights": {"feature": 0.0}}, "nothing to distil"),

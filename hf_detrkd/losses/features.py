@@ -75,6 +75,14 @@ def feature_mse(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     return weighted_mean((student.float() - teacher.detach().float()).square().mean(1), weight)
 
 
+def relative_error(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """The squared difference as a share of the teacher's squares, ``sum w |s - t|^2 / sum w |t|^2``: the same for maps of any
+    scale, 0 for the teacher's own map and 1 for one of zeros. Arguments as of `feature_mse`; 0 where nothing is selected.
+    """
+    squares = feature_mse(torch.zeros_like(teacher), teacher, weight)
+    return feature_mse(student, teacher, weight) / torch.where(squares == 0, 1.0, squares)
+
+
 def fgd(
     student: Tensor,
     teacher: Tensor,

@@ -1,4 +1,4 @@
-"""Feature distillation on the maps that the decoder reads: score-weighted, FGD, MGD, CWD and PKD."""
+"""Feature distillation on the maps that the decoder reads: score-weighted, relative, FGD, MGD, CWD and PKD."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..losses.features import box_scores, cwd, feature_mse, fgd, pkd, scale_masks
+from ..losses.features import box_scores, cwd, feature_mse, fgd, pkd, relative_error, scale_masks
 from ..projectors import GlobalContext, MapProjector, MaskedGeneration
 from .base import DistillationMethod, check_choice
 
 SCALES = {
     "score": 6.0,  # Ultralytics' `dis` (docs/en/guides/knowledge-distillation.md @ 08de290)
     "mse": 6.0,  # ours: as "score", with all cells alike
+    "relative": 1.0,  # ours: a share, of the size of a loss
     "fgd": 0.05,  # TPRD, beside the four factors of fgd.py
     "mgd": 10.0,  # TPRD, mean form
     "cwd": 10.0,  # mmrazor, cwd_fpn_gfl_r101_gfl_r50
@@ -61,6 +62,7 @@ class Features(DistillationMethod):
     - "score": ``sum_p s_p |F^S_p - F^T_p|^2 / (C sum_p s_p)``, s the teacher's highest class probability of a box over
       the cell
     - "mse": the same with s = 1
+    - "relative": ``sum_p s_p |F^S_p - F^T_p|^2 / sum_p s_p |F^T_p|^2``, which has the same size for maps of any scale
     - "fgd": ``a sum fg A^S A^C (F^T - F^S)^2 + b sum bg ... + c |A^T - A^S| + d |G(F^T) - G(F^S)|^2``
     - "mgd": ``|F^T - G(masked F^S)|^2``, mean
     - "cwd": ``T^2 KL(softmax_p(F^T_c / T) || softmax_p(F^S_c / T))``, mean over channels
@@ -96,9 +98,10 @@ class Features(DistillationMethod):
         config, total = self.config, 0.0
         for level, maps in enumerate(self.maps(student, teacher)):
             module = level if config.tap == "backbone" else 0
-            if config.loss in ("score", "mse"):
-                scores = teacher.class_probs()[-1].amax(-1) if config.loss == "score" else None
-                weight = maps.mask.float() if scores is None else box_scores(teacher.boxes[-1], scores, maps.mask)
+            if config.loss == "relative":
+                loss = relative_error(maps.student, maps.teacher, _scores(teacher, maps.mask))
+            elif config.loss in ("score", "mse"):
+                weight = _scores(teacher, maps.mask) if config.loss == "score" else maps.mask.float()
                 pair = (
                     [_standardised(x) for x in (maps.student, maps.teacher)]
                     if config.normalize
@@ -123,6 +126,11 @@ class Features(DistillationMethod):
                 loss = pkd(maps.student, maps.teacher, maps.mask)
             total = total + SCALES[config.loss] * loss
         return {"feature": total}
+
+
+def _scores(teacher, mask):
+    """The highest class probability of the teacher's boxes over each cell, (B, h, w)."""
+    return box_scores(teacher.boxes[-1], teacher.class_probs()[-1].amax(-1), mask)
 
 
 def _standardised(maps):
