@@ -13,7 +13,7 @@ from .base import DistillationMethod, check_choice
 SCALES = {
     "score": 6.0,  # Ultralytics' `dis` (docs/en/guides/knowledge-distillation.md @ 08de290)
     "mse": 6.0,  # ours: as "score", with all cells alike
-    "relative": 1.0,  # ours: a share, of the size of a loss
+    "relative": 6.0,  # ours: as "score", which it equals where the teacher's squares are 1 on average
     "fgd": 0.05,  # TPRD, beside the four factors of fgd.py
     "mgd": 10.0,  # TPRD, mean form
     "cwd": 10.0,  # mmrazor, cwd_fpn_gfl_r101_gfl_r50
