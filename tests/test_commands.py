@@ -17,7 +17,7 @@ from scenes import processor
 from transformers import AutoModelForObjectDetection
 
 from hf_detrkd import DetectionDataset
-from hf_detrkd.commands import distill, evaluate, finetune, summarize
+from hf_detrkd.commands import distill, evaluate, finetune, resuming, summarize
 from hf_detrkd.commands.gate import finds_nothing, no_better
 from hf_detrkd.commands.resuming import checkpoint_to_resume, found_by_all, last_complete_checkpoint
 
@@ -182,7 +182,7 @@ def test_resume_choices(tmp_path):
 
 def test_processes_resume_from_the_same_step(monkeypatch):
     assert found_by_all("a/checkpoint-2") == "a/checkpoint-2" and found_by_all(None) is None
-    monkeypatch.setattr(distill, "gather_object", lambda own: [*own, "b/checkpoint-2"])
+    monkeypatch.setattr(resuming, "gather_object", lambda own: [*own, "b/checkpoint-2"])
     assert found_by_all("a/checkpoint-2") == "a/checkpoint-2"
     for own in (None, "a/checkpoint-4"):
         with pytest.raises(ValueError, match=f"different checkpoints.*{own}, b/checkpoint-2.*--save_on_each_node"):

@@ -23,7 +23,7 @@ from test_card import results
 from transformers import AutoModelForObjectDetection
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
-from hf_detrkd.commands import distill, push_metric
+from hf_detrkd.commands import distill, push_metric, training
 from hf_detrkd.commands.arguments import ModelArguments
 from hf_detrkd.commands.records import origin, settings
 from hf_detrkd.publishing import PushError, push_folder, upload_command
@@ -278,12 +278,12 @@ def test_a_push_that_fails_at_the_end_loses_nothing(
     """All is well when the training starts; the command in the message pushes once all is well again."""
     train, tokens = distill.train, dict(hub.tokens)
 
-    def training(*args):
+    def train_and_break(*args):
         trained = train(*args)
         breaks(hub, monkeypatch)
         return trained
 
-    monkeypatch.setattr(distill, "train", training)
+    monkeypatch.setattr(distill, "train", train_and_break)
     with pytest.raises(PushError) as failed:
         distilling()
     folder, message = tmp_path / "run", str(failed.value)
@@ -367,7 +367,7 @@ def test_a_disk_that_is_full_at_the_end(hub, distilling, tmp_path, monkeypatch, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for name in ("write_json", "plot_curves", "write_card", "write_state"):
-        monkeypatch.setattr(distill, name, full)
+        monkeypatch.setattr(training, name, full)
     monkeypatch.setattr(DistillationTrainer, "save_metrics", full)
     with pytest.raises(ReportError) as failed:
         distilling()
