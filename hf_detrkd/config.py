@@ -30,7 +30,7 @@ class DistillationConfig(TrainingArguments):
     method: list[str] = field(
         default_factory=lambda: ["kd_detr"],
         metadata={
-            "help": "Distillation method(s); `auto`: what our runs are best with, by what the pair can carry; `none` for the "
+            "help": "Distillation method(s); `auto`: what our runs are best with, by what the student can carry; `none` for the "
             "twin: the same run without a teacher."
         },
     )

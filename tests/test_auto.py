@@ -27,24 +27,23 @@ def config(**settings) -> DistillationConfig:
 def test_every_pair_has_methods_that_can_be_built(student, classes):
     for teacher in zoo.NAMES:
         pair = adapter(student, classes), adapter(teacher, classes)
-        choice = choose(*pair)
+        choice = choose(pair[0])
         assert [m.name for m in build_methods(choice.method, choice.method_config, *pair)] == list(choice.method)
 
 
-def test_what_a_pair_can_carry_decides():
-    assert choose(adapter("rt_detr"), adapter("rt_detr")).method == ("proposals", "kd_detr")
-    assert choose(adapter("rt_detr"), adapter("detr")).method == ("kd_detr",)
-    assert choose(adapter("yolos"), adapter("rt_detr")).method == ("logit_kd",)
+def test_what_the_student_can_carry_decides():
+    assert choose(adapter("rt_detr")).method == choose(adapter("detr")).method == ("features", "kd_detr")
+    assert choose(adapter("yolos")).method == ("features", "logit_kd")
 
 
 def test_settings_of_the_choice():
     args = config()
-    new = settled(args, adapter("detr"), adapter("detr"))
-    assert (new.method, new.kd_decay, args.method) == (["kd_detr"], "linear", ["auto"])
-    assert new.method_config["weights"]["general_class"] == 0
-    assert settled(config(kd_decay="cosine"), adapter("detr"), adapter("detr")).kd_decay == "cosine"
+    new = settled(args, adapter("detr"))
+    assert (new.method, new.kd_decay, args.method) == (["features", "kd_detr"], "linear", ["auto"])
+    assert new.method_config["kd_detr"]["weights"]["general_class"] == 0
+    assert settled(config(kd_decay="cosine"), adapter("detr")).kd_decay == "cosine"
     named = config(method="qskd")
-    assert settled(named, adapter("detr"), adapter("detr")) is named
+    assert settled(named, adapter("detr")) is named
 
 
 def test_trainer(tmp_path):
@@ -56,7 +55,7 @@ def test_trainer(tmp_path):
         train_dataset=Scenes(),
         processing_class=processor(),
     )
-    assert list(trainer.model.methods) == trainer.args.method == ["proposals", "kd_detr"]
+    assert list(trainer.model.methods) == trainer.args.method == ["features", "kd_detr"]
     assert args.method == ["auto"]  # the user's own
 
 

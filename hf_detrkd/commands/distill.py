@@ -172,7 +172,7 @@ def distill(
     run = prepare(model_arguments, data_arguments, extra, args, say)
     data, teacher, processor = run.data, run.teacher, run.processor
     if teacher is not None:
-        args = settled(args, adapter_for(run.student), adapter_for(teacher))
+        args = settled(args, adapter_for(run.student))
     results: dict[str, Any] = {"teacher": None, "twin": None, "data": data_of(data)}
     results |= origins(model_arguments, data_arguments)
     models = {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
