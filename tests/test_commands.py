@@ -128,7 +128,7 @@ def test_a_run_can_be_watched_while_it_trains(tmp_path, monkeypatch):
     (name, first), (twin_name, second) = seen
     assert (name, twin_name) == ("mine", "mine-twin")
     assert first["student"] is None and first["teacher"]["test"] and first["versions"] and first["label_map"]
-    assert first["settings"]["DistillationConfig"]["method"] == ["proposals", "kd_detr"]  # what auto chose
+    assert first["settings"]["DistillationConfig"]["method"] == ["features", "kd_detr"]  # what auto chose
     assert second["student"]["test"] and second["twin"] is None
 
 
