@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import yaml
 import zoo
+from documents import ROOT
 from scenes import Scenes, processor
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
@@ -34,6 +36,15 @@ def test_every_pair_has_methods_that_can_be_built(student, classes):
 def test_what_the_student_can_carry_decides():
     assert choose(adapter("rt_detr")).method == choose(adapter("detr")).method == ("features", "kd_detr")
     assert choose(adapter("yolos")).method == ("features", "logit_kd")
+
+
+@pytest.mark.parametrize("grid", ["bccd96", "shapes"])
+def test_its_evidence_is_about_its_settings(grid):
+    """The documents say that `maps_and_points` of these grids is what `auto` takes."""
+    content = yaml.safe_load((ROOT / "scripts" / "recipes" / "grids" / f"{grid}.yaml").read_text())
+    choice = choose(adapter("rt_detr"))
+    fields = {"method": list(choice.method), "method_config": choice.method_config}
+    assert content["methods"]["maps_and_points"] == fields and content["common"]["kd_decay"] == choice.kd_decay
 
 
 def test_settings_of_the_choice():
