@@ -288,6 +288,15 @@ def test_flops_of_a_convolution_and_a_linear_layer():
     assert flops(Small(), {"pixel_values": torch.zeros(1, 3, 8, 8)}) == 1536 + 40
 
 
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_flops_of_every_family(name):
+    model = zoo.build(name).train()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert flops(model, {"pixel_values": zoo.batch(1)["pixel_values"]}) > 0
+    assert model.training  # and everything is as it was
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
 def test_latencies_run_in_turn():
     calls = []
     result = latencies({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, warmup=1, rounds=3)

@@ -71,10 +71,17 @@ def flops(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
     and all elementwise work are left out.
     """
     was_training = model.training
+    # `no_grad` alone isn't enough: a slice of a parameter wants a gradient under it too, has no function to get one
+    # from, and the counter's hooks on modules that are given such a slice (one-stage Deformable DETR, LW-DETR) fail.
+    trained = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter.requires_grad]
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, enough_places(model):
-        model.eval()(**inputs)
-    model.train(was_training)
+    try:
+        with torch.no_grad(), counter, enough_places(model):
+            model.eval()(**inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+        model.train(was_training)
     return counter.get_total_flops()
 
 
