@@ -23,6 +23,7 @@ from hf_detrkd.commands import compare, distill
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.compare import Runner, write_summary
 from hf_detrkd.commands.grid import read_grid
+from hf_detrkd.commands.records import StepClock
 from hf_detrkd.methods import METHODS, configure
 from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
@@ -35,6 +36,22 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     return Lab(tmp_path, monkeypatch)
+
+
+def clock(seconds: list[float]) -> StepClock:
+    """One whose steps took so long."""
+    made = StepClock()
+    made.ends = [sum(seconds[:step]) for step in range(len(seconds) + 1)]
+    return made
+
+
+def test_time_of_a_step():
+    steps = [3.0] * 30 + [1.0] * 70  # the teacher is left out after 30 of 100 steps: the median step is 1 s
+    assert clock(steps).typical() == pytest.approx(1.6)
+    evaluated = [50 + seconds if step % 25 == 0 else seconds for step, seconds in enumerate(steps)]
+    assert clock(evaluated).typical() == pytest.approx(1.6)
+    assert clock([2.0]).typical() == 2 and clock([]).typical() is None and StepClock().typical() is None
+    assert clock([2.0, 2.0, 9.0, 2.0, 2.0, 2.0, 2.0]).typical() == 2
 
 
 class TestGrid:

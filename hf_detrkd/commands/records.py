@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from .setup import Data, write_json
 
 TIMED = 10
 """Calls of each model whose latency is recorded: enough for a median, and seconds even on a CPU."""
+PARTS, STEPS_OF_A_PART = 20, 5
+"""Parts of a run over which the time of its steps is averaged; fewer where they would have fewer steps than this."""
 
 
 class StepClock(TrainerCallback):
@@ -36,11 +39,17 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(time.perf_counter())
 
-    def median(self) -> float | None:
-        """Seconds of the median step: evaluations and checkpoints, and what else the machine did now and then, don't
-        count. None where there were fewer than two steps."""
-        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(seconds) if seconds else None
+    def typical(self) -> float | None:
+        """Seconds of a step: the mean, over twenty parts of the run, of the part's median step.
+
+        By the medians evaluations and checkpoints, and what else the machine did now and then, don't count; by the parts the
+        steps after `kd_stop`, which are shorter, count for as many as they are. None where there were fewer than two steps.
+        """
+        seconds = [end - start for start, end in pairwise(self.ends)]
+        parts = max(1, min(PARTS, len(seconds) // STEPS_OF_A_PART))
+        bounds = [round(part * len(seconds) / parts) for part in range(parts + 1)]
+        medians = [statistics.median(seconds[a:b]) for a, b in pairwise(bounds) if b > a]
+        return statistics.mean(medians) if medians else None
 
 
 def peak_memory() -> float:

@@ -71,7 +71,7 @@ def train(
         "parameters": model.num_parameters(),
         "steps": result.global_step,
         "train_seconds": round(seconds, 1),
-        "step_seconds": clock.median(),
+        "step_seconds": clock.typical(),
         "peak_memory_MiB": round(peak_memory(), 1),
         "gradient_shares": mean_shares(trainer.state.log_history),
         "curve": [[log["step"], log["eval_map"]] for log in trainer.state.log_history if "eval_map" in log],

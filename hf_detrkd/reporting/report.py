@@ -172,7 +172,7 @@ def costs(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         "FLOPs (G)": ("flops", lambda value: f"{value / 1e9:.2f}"),
         "latency (ms)": ("latency_ms", lambda value: f"{value:.1f}"),
         "training time": ("train_seconds", duration),
-        "median step (s)": ("step_seconds", lambda value: f"{value:.3g}"),
+        "step (s)": ("step_seconds", lambda value: f"{value:.3g}"),
         "peak memory (MiB)": ("peak_memory_MiB", lambda value: f"{value:.0f}"),
     }
     lines = [
