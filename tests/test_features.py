@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hf_detrkd.families import adapter_for
 from hf_detrkd.losses.features import box_scores, cwd, feature_mse, fgd, pkd, relative_error, scale_masks
 from hf_detrkd.methods import build_methods
 from hf_detrkd.methods.features import SCALES
-from hf_detrkd.projectors import GlobalContext, MapProjector, MaskedGeneration
+from hf_detrkd.projectors import GlobalContext, MapProjector, MaskedGeneration, MatchedScale, PairedMaps
 
 
 def maps(*rows: tuple[float, ...]) -> torch.Tensor:
@@ -233,6 +234,51 @@ def test_map_projector_pairs_levels_by_their_grids():
         for pair in pairs:
             assert pair.student.shape == pair.teacher.shape
             assert not pair.teacher.requires_grad
+
+
+def paired(student, teacher, mask=None):
+    return PairedMaps(student, teacher, real(student) if mask is None else mask)
+
+
+def test_maps_of_a_larger_scale_come_in_the_unit_of_the_teachers():
+    """Over both levels, the squares are 4 * 1 + 1 * 16 = 20 and 4 * 0.25 + 1 * 4 = 5: the factor is a half."""
+    pairs = [
+        paired(torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)),
+        paired(torch.full((1, 1, 1, 1), 4.0), torch.full((1, 1, 1, 1), -2.0)),
+    ]
+    scale = MatchedScale()
+    first, second = scale(pairs)
+    torch.testing.assert_close(first.student, pairs[0].teacher)
+    torch.testing.assert_close(second.student, torch.full((1, 1, 1, 1), 2.0))
+    # Kept, also in the saved state: a resumed run has the same unit
+    resumed = MatchedScale()
+    resumed.load_state_dict(scale.state_dict())
+    for module in (scale, resumed):
+        (later,) = module([paired(torch.full((1, 1, 2, 2), 10.0), torch.ones(1, 1, 2, 2))])
+        torch.testing.assert_close(later.student, torch.full((1, 1, 2, 2), 5.0))
+
+
+def test_maps_of_a_smaller_scale_stay_as_they_are():
+    x = random_maps(0, 2, 3, 4, 4)
+    for student, teacher in ((1e-3 * x, x), (x, x), (x, torch.zeros_like(x)), (torch.zeros_like(x), x)):
+        assert MatchedScale()([paired(student, teacher)])[0].student.equal(student)
+
+
+def test_the_scale_of_maps_is_of_their_real_cells():
+    mask = torch.tensor([[[True, False]]])
+    (pair,) = MatchedScale()([paired(maps((2.0, 1000.0)), maps((1.0, 0.0)), mask)])
+    assert pair.student[0, 0, 0, 0] == 1
+
+
+def test_the_relative_error_starts_small_between_families_of_different_scale():
+    """A memory behind a LayerNorm beside one a hundredth as large: without a common unit the term begins at 60000."""
+    student, teacher = adapter_for(zoo.build("detr", seed=1)), adapter_for(zoo.build("rt_detr", seed=2, d_model=32))
+    (method,) = build_methods(["features"], {"loss": "relative"}, student, teacher)
+    images = {"pixel_values": zoo.batch()["pixel_values"]}
+    view = teacher.forward(images)[1]
+    view = replace(view, memory=1e-2 * view.memory / view.memory.square().mean().sqrt())
+    term = method(student.forward(images)[1], view, zoo.batch()["labels"], torch.Generator())["feature"]
+    assert 0 < term < 3 * SCALES["relative"] * 4  # three levels, each error at most (1 + 1)^2 where cells weigh alike
 
 
 @pytest.mark.parametrize("loss", SCALES)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..losses.features import box_scores, cwd, feature_mse, fgd, pkd, relative_error, scale_masks
-from ..projectors import GlobalContext, MapProjector, MaskedGeneration
+from ..projectors import GlobalContext, MapProjector, MaskedGeneration, MatchedScale
 from .base import DistillationMethod, check_choice
 
 SCALES = {
@@ -89,6 +89,7 @@ class Features(DistillationMethod):
         channels = (
             [teacher.memory_width] if config.tap == "memory" else teacher.feature_channels[-len(self.maps.levels) :]
         )
+        self.scale = MatchedScale() if config.loss == "relative" else None
         self.generation = nn.ModuleList(MaskedGeneration(c) for c in channels if config.loss == "mgd")
         self.context = nn.ModuleList(
             nn.ModuleList([GlobalContext(c), GlobalContext(c)]) for c in channels if config.loss == "fgd"
@@ -96,7 +97,10 @@ class Features(DistillationMethod):
 
     def forward(self, student, teacher, targets, generator):
         config, total = self.config, 0.0
-        for level, maps in enumerate(self.maps(student, teacher)):
+        pairs = self.maps(student, teacher)
+        if self.scale is not None:
+            pairs = self.scale(pairs)
+        for level, maps in enumerate(pairs):
             module = level if config.tap == "backbone" else 0
             if config.loss == "relative":
                 loss = relative_error(maps.student, maps.teacher, _scores(teacher, maps.mask))

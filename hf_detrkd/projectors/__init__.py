@@ -1,7 +1,7 @@
 """Everything that owns parameters besides the student. Trained with it, saved beside it, never part of it."""
 
 from .features import GlobalContext, MaskedGeneration
-from .maps import MapProjector, PairedMaps
+from .maps import MapProjector, MatchedScale, PairedMaps
 from .queries import BoxEmbedding, LearnedQueries, QueryProjector, identity_linear
 from .relations import GloRe, ObjectRelation, PairFilter, PixelRelation
 
@@ -12,6 +12,7 @@ __all__ = [
     "LearnedQueries",
     "MapProjector",
     "MaskedGeneration",
+    "MatchedScale",
     "ObjectRelation",
     "PairFilter",
     "PairedMaps",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..families import FamilyAdapter
+from ..losses.reduction import mean_over_processes
 from ..view import DetrView
 
 
@@ -79,12 +82,42 @@ class MapProjector(nn.Module):
         return tuple(pairs)
 
 
+class MatchedScale(nn.Module):
+    """The student's maps in the unit of the teacher's where theirs is larger: times one factor, measured on the first batch.
+
+    Families have scales of their own: a memory that leaves a LayerNorm has squares of 1, those of our RT-DETR teachers are
+    0.001. Relative to these the error of such a student is a thousand, and until the projector has bridged that, which
+    takes it hundreds of steps, the task gets no gradient. Smaller maps stay as they are: their relative error is 1, and
+    those of an untrained RT-DETR are so small that they say nothing of the maps to come.
+
+    The factor is no parameter: with it the projector keeps the size for which its learning rate is made.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.zeros(()))  # 0: not measured yet
+
+    def forward(self, pairs: Sequence[PairedMaps]) -> tuple[PairedMaps, ...]:
+        """The same pairs, with the student's maps times the factor, which is at most 1."""
+        if not self.factor:
+            own, others = (
+                mean_over_processes(sum(_squares(getattr(pair, role), pair.mask) for pair in pairs))
+                for role in ("student", "teacher")
+            )
+            self.factor.copy_(torch.where(others > 0, (others / own).sqrt().clamp(max=1), 1.0))
+        return tuple(replace(pair, student=self.factor * pair.student) for pair in pairs)
+
+
 def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
     """A 1x1 convolution that starts as the identity on the channels both sides have."""
     convolution = nn.Conv2d(channels_in, channels_out, 1)
     nn.init.dirac_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     return convolution
+
+
+def _squares(maps: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[:, None], maps.detach().float(), 0.0).square().sum()
 
 
 def _cells(x: Tensor) -> int:
