@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -332,6 +333,7 @@ class TestSummary:
         detail = json.loads((output / "grid.json").read_text())
         heavy = next(row for row in detail["rows"] if (row["dataset"], row["method"]) == ("bccd", "heavy"))
         assert heavy["gap_closed"] == pytest.approx(100 * 15 / 36, abs=0.01)
+        assert heavy["delta_validation"] == 15.0
         assert heavy["gains"]["map_cell"] == 15.0 and heavy["kd_share"] == 50.0 and heavy["deltas"] == [20.0, 10.0]
         longer = next(row for row in detail["rows"] if (row["dataset"], row["method"]) == ("bccd", "longer_twin"))
         assert longer["steps"] == 25 and longer["time_ratio"] == 2.5  # of all steps
@@ -365,6 +367,24 @@ class TestSummary:
         assert row["seeds"] == [3]
         assert f"{cell.name}: {cell.name} and its twin differ" in (tmp_path / "docs" / "grid.md").read_text()
 
+    def test_from_the_record_where_the_runs_are_gone(self, lab, tmp_path):
+        lab.wish(bccd__small__logit_kd__seed5={"fails": True})
+        grid, output = lab.grid(), tmp_path / "docs"
+        write_summary(grid, output, lab.run(grid), say=lambda *_: None)
+        files = ("grid.json", "grid.md", "summary.json")
+        before = [(output / name).read_text() for name in files]
+        for cell in grid.cells:
+            shutil.rmtree(cell.folder)
+        recorded = json.loads(before[0])
+        (output / "grid.json").write_text(json.dumps(recorded | {"rows": recorded["rows"][:1]}))
+        said = []
+        write_summary(grid, output, {}, say=said.append)
+        after = [(output / name).read_text() for name in files]
+        assert "no run of grid is here" in said[0] and [after[0], after[2]] == [before[0], before[2]]
+        # Why a cell isn't there is known only where it was run
+        assert "seed5: failed" in before[1] and "bccd/small/logit_kd/seed5: to do" in after[1]
+        assert before[1].partition("Not done")[0] == after[1].partition("Not done")[0]
+
     def test_nothing_yet(self, lab, tmp_path):
         said = []
         write_summary(lab.grid(), tmp_path / "docs", {}, say=said.append)
@@ -374,7 +394,7 @@ class TestSummary:
 
 class TestEmbedding:
     row = dict.fromkeys(ROW, 1.0) | {"dataset": "d", "pair": "p", "seeds": [0, 1], "steps": 7, "delta": 3.14159}
-    row |= {"gap_closed": None, "kd_share": 12.3, "delta_min": -0.04, "delta_max": 2.0}
+    row |= {"gap_closed": None, "kd_share": 12.3, "delta_min": -0.04, "delta_max": 2.0, "delta_validation": 0.5}
 
     @property
     def summaries(self):

@@ -30,6 +30,7 @@ def gain_table(rows: Sequence[Mapping[str, Any]]) -> str:
     titles = {
         **{"teacher_map": "teacher", "twin_map": "twin", "map": "AP", "delta": "gain"},
         **{
+            "delta_validation": "on val",
             "gap_closed": "gap closed",
             "seeds": "seeds",
             "steps": "steps",
@@ -59,7 +60,8 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Ma
         f"# {summary['grid']}",
         f"Written by `python scripts/compare.py --config scripts/recipes/grids/{summary['grid']}.yaml --summarize_only`. AP in "
         f"points, {summary['split']} split, means over the seeds. A gain is the mean of the differences between the distilled "
-        "run and its twin of the same seed, with Student's t-interval, the smallest and the largest; time is that of a training "
+        "run and its twin of the same seed, with Student's t-interval, the smallest and the largest, and (on val) the mean on the "
+        "validation split; time is that of a training "
         "step (for a longer twin: of all steps) as a multiple of the twin's; gap closed is the gain as a share of teacher - twin; "
         "KD share is distillation's part of the gradient norm, as a mean over the run.",
     ]
@@ -91,7 +93,7 @@ def _metric_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, float
 
 
 def _gains_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = [name for name in rows[0]["gains"] if name.startswith("map_") and name not in ("map_50", "map_75")]
+    names = sorted(name for name in rows[0]["gains"] if name.startswith("map_") and name not in ("map_50", "map_75"))
     cells = [[row["method"], *(number("delta", row["gains"].get(name)) for name in names)] for row in rows]
     return text_table(["", *(name.removeprefix("map_") for name in names)], cells, markdown=True)
 

@@ -64,40 +64,50 @@ def summarize(
         teachers: by (data, pair).
 
     Returns:
-        ``rows`` with `ROW` and, for each, ``delta_min``, ``delta_max`` and ``deltas`` over the seeds, ``gap_closed`` (% of
-        teacher - twin), ``metrics`` (means), ``gains`` (means, for every metric, size and class), ``kd_share`` (of the
-        gradient norm), ``peak_memory_MiB``; ``pairs`` and ``runs`` with what they are made of.
+        ``rows`` of `gain_rows`; ``pairs`` and ``runs`` with what they are made of.
     """
+    pairs = {f"{data}/{pair}": _pair(data, pair, runs, teacher) for (data, pair), teacher in teachers.items()}
+    recorded = {"{}/{}/{}/seed{}".format(*key): _run(result) for key, result in runs.items()}
+    return {"grid": grid, "split": split, "rows": gain_rows(recorded, pairs), "pairs": pairs, "runs": recorded}
+
+
+def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list[dict[str, Any]]:
+    """Every method beside its twin, from what `summarize` recorded of the runs.
+
+    Args:
+        runs: by "data/pair/method/seed0".
+        pairs: by "data/pair".
+
+    Returns:
+        `ROW` and, for each, ``delta_min``, ``delta_max`` and ``deltas`` over the seeds, ``delta_validation`` (the mean gain on
+        the validation split), ``gap_closed`` (% of teacher - twin), ``metrics`` (means), ``gains`` (means, for every metric,
+        size and class), ``kd_share`` (of the gradient norm), ``peak_memory_MiB``.
+    """
+    cells: dict[tuple[str, str], dict[int, Mapping]] = {}
+    for name, run in runs.items():
+        pair, method, seed = name.rsplit("/", 2)
+        cells.setdefault((pair, method), {})[int(seed.removeprefix("seed"))] = run
     rows = []
-    for data, pair, method in dict.fromkeys(key[:3] for key in runs if key[2] != TWIN):
-        both = {
-            seed: (runs[data, pair, method, seed], runs[data, pair, TWIN, seed])
-            for *cell, seed in runs
-            if tuple(cell) == (data, pair, method) and (data, pair, TWIN, seed) in runs
-        }
-        if both and (data, pair) in teachers:
-            rows.append(_row(data, pair, method, both, teachers[data, pair]["teacher"]["test"]))
-    return {
-        "grid": grid,
-        "split": split,
-        "rows": rows,
-        "pairs": {f"{data}/{pair}": _pair(data, pair, runs, teacher) for (data, pair), teacher in teachers.items()},
-        "runs": {"{}/{}/{}/seed{}".format(*key): _run(result) for key, result in runs.items()},
-    }
+    for (pair, method), students in cells.items():
+        twins = cells.get((pair, TWIN), {})
+        both = {seed: (student, twins[seed]) for seed, student in students.items() if seed in twins}
+        if method != TWIN and both and pair in pairs:
+            rows.append(_row(pair, method, both, pairs[pair]["teacher"]["metrics"]["map"]))
+    return rows
 
 
-def _row(
-    data: str, pair: str, method: str, both: Mapping[int, tuple[Result, Result]], teacher: Mapping
-) -> dict[str, Any]:
-    students, twins = zip(*((run["student"], twin["student"]) for run, twin in both.values()), strict=True)
-    names = [name for name in students[0]["test"] if name.startswith(("map", "mar"))]
-    names = [name for name in names if all(name in row["test"] for row in (*students, *twins))]
+def _row(name: str, method: str, both: Mapping[int, tuple[Mapping, Mapping]], teacher_map: float) -> dict[str, Any]:
+    data, pair = name.split("/")
+    students, twins = zip(*both.values(), strict=True)
+    names = [name for name in students[0]["test"] if all(name in row["test"] for row in (*students, *twins))]
     metrics, base = (
         {name: 100 * statistics.mean(row["test"][name] for row in rows) for name in names} for rows in (students, twins)
     )
-    deltas = [100 * (a["test"]["map"] - b["test"]["map"]) for a, b in zip(students, twins, strict=True)]
+    deltas, on_validation = (
+        [100 * (a[split]["map"] - b[split]["map"]) for a, b in both.values()] for split in ("test", "validation")
+    )
     low, high = interval(deltas)
-    gap = 100 * teacher["map"] - base["map"]
+    gap = teacher_map - base["map"]
     shares = [row["gradient_shares"]["kd"] for row in students if "kd" in row["gradient_shares"]]
     return _rounded(
         {
@@ -106,7 +116,7 @@ def _row(
             "pair": pair,
             "method": method,
             "seeds": list(both),
-            "teacher_map": 100 * teacher["map"],
+            "teacher_map": teacher_map,
             "twin_map": base["map"],
             "map": metrics["map"],
             "delta": statistics.mean(deltas),
@@ -117,6 +127,7 @@ def _row(
             "delta_min": min(deltas),
             "delta_max": max(deltas),
             "deltas": deltas,
+            "delta_validation": statistics.mean(on_validation),
             "gap_closed": 100 * statistics.mean(deltas) / gap if gap > 0 else None,
             "metrics": metrics,
             "twin_metrics": base,
