@@ -28,7 +28,7 @@ class DistillationConfig(TrainingArguments):
     """
 
     method: list[str] = field(
-        default_factory=lambda: ["kd_detr"],
+        default_factory=lambda: ["auto"],
         metadata={
             "help": "Distillation method(s); `auto`: what our runs are best with, by what the student can carry; `none` for the "
             "twin: the same run without a teacher."

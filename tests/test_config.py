@@ -24,7 +24,7 @@ def test_defaults():
     args = config()
     assert isinstance(args, TrainingArguments)
     expected = {
-        "method": ["kd_detr"],
+        "method": ["auto"],
         "method_config": None,
         "detection_weight": 1.0,
         "kd_weight": 1.0,

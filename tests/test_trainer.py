@@ -26,7 +26,8 @@ KD_DETR = {"general_points": 4}
 def config(folder, **settings) -> DistillationConfig:
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 3, "seed": 7}
-    if settings.get("method", "kd_detr") == "kd_detr":
+    settings.setdefault("method", "kd_detr")
+    if settings["method"] == "kd_detr":
         settings.setdefault("method_config", KD_DETR)
     return DistillationConfig(output_dir=str(folder), **{**quiet, **sizes, **settings})
 

@@ -2,7 +2,7 @@
 
     accelerate launch scripts/distill.py \\
         --teacher_model_name_or_path TEACHER --model_name_or_path STUDENT \\
-        --dataset_name DATA --output_dir runs/student --method kd_detr --with_twin true
+        --dataset_name DATA --output_dir runs/student --method auto --with_twin true
 
     accelerate launch scripts/distill.py --teacher_model_name_or_path TEACHER --student_backbone resnet18 \\
         --student_decoder_layers 3 --dataset_name DATA --output_dir runs/student --with_twin true
