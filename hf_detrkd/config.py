@@ -146,7 +146,8 @@ class DistillationConfig(TrainingArguments):
         self.method_config = _json_object("method_config", self.method_config)
         if self.method == ["auto"] and self.method_config is not None:
             raise ValueError(
-                "`method_config` is given, but `method` is auto, which chooses the settings too. Name the methods to set them."
+                "`method_config` is given, but `method` is auto (the default), which chooses the settings too. Name the methods "
+                "to set them."
             )
         self.teacher_model_init_kwargs = _json_object("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
         super().__post_init__()

@@ -74,7 +74,7 @@ def test_trainer(tmp_path):
     ("settings", "message"),
     [
         ({"method": ["auto", "kd_detr"]}, "`auto` chooses all methods of a run and can't be combined"),
-        ({"method_config": {"temperature": 2}}, "`method` is auto, which chooses the settings too"),
+        ({"method_config": {"temperature": 2}}, "`method` is auto .the default., which chooses the settings too"),
     ],
 )
 def test_refused(settings, message):

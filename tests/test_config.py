@@ -50,7 +50,7 @@ def test_defaults():
 def test_defaults_are_not_shared():
     first = config()
     first.method.append("other")
-    assert config().method == ["kd_detr"]
+    assert config().method == ["auto"]
 
 
 def test_bf16_where_the_device_has_it(monkeypatch):
@@ -98,8 +98,8 @@ def test_methods_that_are_refused(given, message):
 
 def test_json():
     given = '{"temperature": 2, "weights": {"class": 1}}'
-    assert config(method_config=given).method_config == {"temperature": 2, "weights": {"class": 1}}
-    assert config(method_config={"temperature": 2}).method_config == {"temperature": 2}
+    assert config(method="kd_detr", method_config=given).method_config == {"temperature": 2, "weights": {"class": 1}}
+    assert config(method="kd_detr", method_config={"temperature": 2}).method_config == {"temperature": 2}
     assert config(teacher_model_init_kwargs='{"dtype": "bfloat16"}').teacher_model_init_kwargs == {"dtype": "bfloat16"}
 
 
@@ -211,7 +211,7 @@ def test_flags_default_to_the_defaults():
         (["--method", "logit_kd"], "method", ["logit_kd"]),
         (["--method", "logit_kd", "kd_detr"], "method", ["logit_kd", "kd_detr"]),
         (["--method", "logit_kd,kd_detr"], "method", ["logit_kd", "kd_detr"]),
-        (["--method_config", '{"temperature": 2}'], "method_config", {"temperature": 2}),
+        (["--method", "qskd", "--method_config", '{"temperature": 2}'], "method_config", {"temperature": 2}),
         (["--teacher_model_init_kwargs", '{"dtype": "auto"}'], "teacher_model_init_kwargs", {"dtype": "auto"}),
         (["--kd_warmup_steps", "0.1"], "kd_warmup_steps", 0.1),
         (["--kd_stop", "500"], "kd_stop", 500.0),
