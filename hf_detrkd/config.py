@@ -86,8 +86,8 @@ class DistillationConfig(TrainingArguments):
     gradient_share_steps: int = field(
         default=500,
         metadata={
-            "help": "Measure the share of the gradient norm that distillation has at steps 0, 1, 2 and then every so "
-            "many; costs one backward pass per term; 0: never."
+            "help": "Measure the share of the gradient norm that distillation has in three steps after twenty (in the first steps "
+            "from random weights it means nothing), and then every so many; costs one backward pass per term; 0: never."
         },
     )
     shard_teacher: bool = field(

@@ -138,6 +138,17 @@ def test_distillation_that_does_nothing_is_noticed(tmp_path, monkeypatch, settin
     assert all("Raise `kd_weight` (now 1e-05)" in message for message in found)
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "every", "measured"),
+    [(100, 40, [20, 21, 22, 39, 79]), (3, 500, [0, 1, 2]), (2, 500, [0, 1]), (3, 1, [0, 1, 2]), (100, 0, [])],
+)
+def test_gradient_shares_are_not_those_of_the_first_steps(tmp_path, max_steps, every, measured):
+    """From random weights the task's gradient is a hundred times its usual size there: shares say nothing, and a good run was warned of."""
+    run = trainer(tmp_path, gradient_share_steps=every, max_steps=max_steps)
+    run.state.max_steps = max_steps
+    assert [step for step in range(max_steps) if run._measures_gradients(step)] == measured
+
+
 def test_gradient_share_is_that_of_separate_backward_passes(tmp_path):
     run = trainer(tmp_path, layer_supervision=False, max_grad_norm=0, ema_decay=0)
     batch = run.data_collator([Scenes()[i] for i in (1, 2)])
