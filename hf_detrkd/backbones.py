@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
+from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, PreTrainedConfig
+from transformers.backbone_utils import BackboneMixin
 
 PRESETS: dict[str, dict[str, Any]] = {
     f"resnet{depth}vd": {
@@ -66,7 +67,10 @@ def find_backbone(name: str, strides: Sequence[int]) -> Backbone:
 
 
 def pretrained_weights(name: str) -> Mapping[str, Tensor]:
-    """The weights that timm or the Hub have for a backbone, under its own names.
+    """The weights of a pretrained backbone, under its own names.
+
+    Args:
+        name: a timm model, or a folder or Hub id of a transformers backbone, or of a detector whose backbone is meant.
 
     Raises:
         RuntimeError: they can't be had, for example because there is no network.
@@ -79,7 +83,10 @@ def pretrained_weights(name: str) -> Mapping[str, Tensor]:
             import timm
 
             return timm.create_model(timm_name, pretrained=True, features_only=True).state_dict()
-        return AutoBackbone.from_pretrained(name).state_dict()
+        if getattr(AutoConfig.from_pretrained(name), "backbone_config", None) is None:
+            return AutoBackbone.from_pretrained(name).state_dict()
+        detector = AutoModelForObjectDetection.from_pretrained(name)
+        return next(module for module in detector.modules() if isinstance(module, BackboneMixin)).state_dict()
     except Exception as error:  # the Hub's client, timm and requests each have errors of their own
         raise RuntimeError(
             f"The weights of the backbone {name!r} could not be loaded: {error}. Pass a safetensors file with them, or "

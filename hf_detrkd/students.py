@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .families import FamilyAdapter, adapter_for
 from .families.architecture import ARCHITECTURES, Architecture
 
 PRETRAINED = "pretrained"
-"""As `backbone_weights` of `make_student`: those that timm or the Hub have."""
+"""As `backbone_weights` of `make_student`: those that come with the backbone's name (`pretrained_weights`)."""
 
 
 def make_student(
@@ -44,8 +45,8 @@ def make_student(
     Args:
         teacher: any `AutoModelForObjectDetection` that hf_detrkd knows.
         backbone: see `find_backbone`; it gives maps of the same strides as the teacher's.
-        backbone_weights: a safetensors file (`load_backbone_weights`), or ``"pretrained"`` for those that timm or the Hub
-            have. None: random.
+        backbone_weights: what `load_backbone_weights` takes, or ``"pretrained"`` for those that come with the backbone's
+            name. None: random.
         d_model: the width; the other widths of encoder and decoder (feed-forward ones too) grow or shrink with it.
         encoder_layers: of the transformer encoder.
         decoder_layers: of the decoder.
@@ -227,30 +228,33 @@ def _first_queries(source: Tensor, like: Tensor, groups: int) -> Tensor:
     return each.flatten(0, 1)
 
 
-def load_backbone_weights(model: PreTrainedModel, file: str) -> int:
-    """Load a backbone's own weights (for example of timm) into the backbone of a detector.
+def load_backbone_weights(model: PreTrainedModel, source: str) -> int:
+    """Load a pretrained backbone's weights (of timm, say, or of another detector) into the backbone of a detector.
 
     The backbone is the part of the model in which the most tensor names end like the file's.
 
     Args:
         model: the detector, changed in place.
-        file: safetensors under the backbone's own tensor names; what the backbone doesn't have (a classifier) is left out.
+        source: a safetensors file under the backbone's own tensor names; or what `pretrained_weights` takes, such as a
+            detector's folder or Hub id. What the model's backbone doesn't have (a classifier) is left out.
 
     Returns:
         the number of tensors loaded.
 
     Raises:
-        ValueError: where the file lacks a tensor of the backbone, or has it in another shape.
+        ValueError: where the source lacks a tensor of the backbone, or has it in another shape.
+        RuntimeError: there is no such source.
     """
-    return _load_backbone(model, load_file(file), file)
+    weights = load_file(source) if Path(source).is_file() else pretrained_weights(source)
+    return _load_backbone(model, weights, source)
 
 
-def _load_backbone(model: PreTrainedModel, weights: Mapping[str, Tensor], file: str) -> int:
+def _load_backbone(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str) -> int:
     state = model.state_dict()
     places = Counter(name.removesuffix(key) for name in state for key in weights if name.endswith("." + key))
     if not places:
         raise ValueError(
-            f"{file} doesn't fit {type(model).__name__}: no tensor of the model ends with a name of the file, such as "
+            f"{source} doesn't fit {type(model).__name__}: no tensor of the model ends with a name of it, such as "
             f"{sorted(weights)[:3]}. It must have the names of the backbone itself, without what a detector puts before."
         )
     place = max(places, key=places.get)
@@ -264,8 +268,8 @@ def _load_backbone(model: PreTrainedModel, weights: Mapping[str, Tensor], file: 
     missing = sorted(name for name in backbone.keys() - fitting.keys() if not name.endswith(".num_batches_tracked"))
     if missing:
         raise ValueError(
-            f"{file} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of its {len(backbone)} tensors "
-            f"are not in the file with their name and shape, the first are {missing[:3]}. Is it another network or "
+            f"{source} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of its {len(backbone)} tensors "
+            f"are not in it with their name and shape, the first are {missing[:3]}. Is it another network or "
             "another width?"
         )
     model.load_state_dict(fitting, strict=False)

@@ -188,6 +188,10 @@ def test_backbone_of_a_config_with_weights(tmp_path):
     for name, value in student.state_dict().items():
         source = other if name.startswith("model.backbone.") else teacher
         assert torch.equal(value, source.state_dict()[name]), name
+    other.save_pretrained(folder)
+    of_the_folder = make_student(teacher, backbone=str(folder), backbone_weights="pretrained")
+    for name, value in of_the_folder.state_dict().items():
+        assert torch.equal(value, student.state_dict()[name]), name
     without = make_student(teacher, backbone=str(folder))  # nothing of the teacher's backbone, even where shapes fit
     name = next(name for name in weights if name.endswith("convolution.weight"))
     assert not torch.equal(without.state_dict()[place + name], teacher.state_dict()[place + name])

@@ -51,6 +51,23 @@ def test_backbone(name, tmp_path):
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
+def test_backbone_of_another_detector(tmp_path):
+    """A folder or Hub id instead of a file: of another family, with another nesting of names, its backbone is taken."""
+    model, other = zoo.build("conditional_detr", seed=1), zoo.build("deformable_detr", seed=2)
+    other.save_pretrained(tmp_path / "other")
+    before = copy.deepcopy(model.state_dict())
+    load_backbone_weights(model, str(tmp_path / "other"))
+    place = backbone_place(model)
+    for key, value in model.state_dict().items():
+        expected = other.state_dict()[backbone_place(other) + key.removeprefix(place)] if key.startswith(place) else before[key]
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_no_such_backbone(tmp_path):
+    with pytest.raises(RuntimeError, match="weights of the backbone .*nothing.safetensors.* could not be loaded"):
+        load_backbone_weights(zoo.build("detr"), str(tmp_path / "nothing.safetensors"))
+
+
 def test_what_the_backbone_lacks_is_left_out(tmp_path):
     """A classifier, also one whose name ends like a tensor of the detector."""
     model = zoo.build("detr")
@@ -79,7 +96,7 @@ def test_other_shape(tmp_path):
     name = some_name(model)
     file, _ = backbone_file(tmp_path, model, **{name: torch.ones(3, 3)})
     with pytest.raises(
-        ValueError, match=rf"1 of its \d+ tensors are not in the file with their name and shape.*{name}"
+        ValueError, match=rf"1 of its \d+ tensors are not in it with their name and shape.*{name}"
     ):
         load_backbone_weights(model, file)
 
@@ -87,7 +104,7 @@ def test_other_shape(tmp_path):
 def test_other_network(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"stem.conv.kernel": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"no tensor of the model ends with a name of the file, such as \['stem.conv"):
+    with pytest.raises(ValueError, match=r"no tensor of the model ends with a name of it, such as \['stem.conv"):
         load_backbone_weights(zoo.build("detr"), str(path))
 
 

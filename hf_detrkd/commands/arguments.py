@@ -38,7 +38,11 @@ class ModelArguments:
         },
     )
     backbone_weights: str | None = field(
-        default=None, metadata={"help": "A safetensors file with weights for the backbone, used with `config_name`."}
+        default=None,
+        metadata={
+            "help": "Weights for the backbone, used with `config_name`: a safetensors file under the backbone's own names, "
+            "or the folder or Hub id of a detector with the same backbone."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
@@ -67,7 +71,11 @@ class StudentArguments:
         },
     )
     student_backbone_weights: str | None = field(
-        default=None, metadata={"help": "Its weights: a safetensors file, or `pretrained` (downloads); else random."}
+        default=None,
+        metadata={
+            "help": "Its weights: `pretrained` (those of that name), a safetensors file, or the folder or Hub id of a "
+            "detector with the same backbone; else random."
+        },
     )
     student_d_model: int | None = field(default=None, metadata={"help": "Make the student this wide."})
     student_encoder_layers: int | None = field(default=None, metadata={"help": "With so many encoder layers."})
