@@ -431,7 +431,7 @@ class TestEmbedding:
         assert "old" not in new and new.count("| d/p/") == 2 and new.endswith("<!-- /results -->\nEnd.")
         assert embed(new, self.summaries, {}) == new
         only = embed("<!-- results:g */b --><!-- /results -->", self.summaries, {})
-        assert "| d/p/b |" in only and "d/p/a" not in only
+        assert "| d/p/b |" in only and "d/p/a" not in only and "+0.0 to +2.0" in only  # no -0.0
 
     @pytest.mark.parametrize(
         ("mark", "message"),

@@ -17,11 +17,11 @@ def number(name: str, value: Any) -> str:
     if name == "seeds":
         return str(len(value))
     if name.startswith("delta"):
-        return f"{value:+.1f}"
+        return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0: no -0.0
     if name in ("steps", "peak_memory_MiB"):
         return f"{value:.0f}"
     if name in ("gap_closed", "kd_share"):
-        return f"{value:.0f} %"
+        return f"{round(value)} %"
     return f"{value:.2f}" if name == "time_ratio" else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
