@@ -72,8 +72,8 @@ class DistillationModel(nn.Module):
             gradient_norms: measure the gradient norm of every part (one backward pass each).
 
         Returns:
-            in training ``loss``, ``detection_loss``, ``terms`` (unweighted, detached, by name) and, where asked for,
-            ``gradient_norms`` (of the weighted parts, with respect to the student's parameters).
+            in training ``loss``, ``detection_loss``, ``terms`` (unweighted, detached, by name; without those of weight 0)
+            and, where asked for, ``gradient_norms`` (of the weighted parts, with respect to the student's parameters).
         """
         inputs = {"pixel_values": pixel_values, "labels": labels}
         if pixel_mask is not None:
@@ -94,8 +94,10 @@ class DistillationModel(nn.Module):
             for name, method in self.methods.items():
                 prefix = f"{name}_" if len(self.methods) > 1 else ""
                 for term, value in method(view, teacher_view, targets, generator).items():
-                    terms[prefix + term] = value
-                    parts[prefix + term] = kd_scale * method.config.weights[term] * value
+                    weight = method.config.weights[term]
+                    if weight:
+                        terms[prefix + term] = value
+                    parts[prefix + term] = kd_scale * weight * value  # also at weight 0: DDP wants every gradient
 
         result = ModelOutput(
             loss=sum(parts.values()),

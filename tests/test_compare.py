@@ -28,7 +28,7 @@ from hf_detrkd.commands.records import StepClock
 from hf_detrkd.methods import METHODS, configure
 from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
-from hf_detrkd.reporting.page import number
+from hf_detrkd.reporting.page import markdown, number
 from hf_detrkd.reporting.summary import ROW, interval, overview, read_summaries, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -384,6 +384,19 @@ class TestSummary:
         # Why a cell isn't there is known only where it was run
         assert "seed5: failed" in before[1] and "bccd/small/logit_kd/seed5: to do" in after[1]
         assert before[1].partition("Not done")[0] == after[1].partition("Not done")[0]
+
+    def test_what_is_missing_has_a_line_per_method(self):
+        missing = dict.fromkeys(("d/p/teacher", "d/p/a/seed0", "d/p/a/seed2", "d/p/b/seed0"), "to do") | {
+            "d/p/a/seed1": "failed"
+        }
+        page = markdown({"grid": "g", "split": "test", "rows": [], "pairs": {}}, [], missing)
+        lines = page.partition("Not done:\n\n")[2].splitlines()
+        assert lines == [
+            "- d/p/teacher: to do",
+            "- d/p/a/seed0, 2: to do",
+            "- d/p/b/seed0: to do",
+            "- d/p/a/seed1: failed",
+        ]
 
     def test_nothing_yet(self, lab, tmp_path):
         said = []

@@ -490,16 +490,16 @@ def adapters(student: str = "detr", teacher: str = "detr"):
 
 
 def test_methods_combined():
-    """Terms carry the method's name, and the loss is the sum of the parts."""
+    """Terms carry the method's name, and the loss is the sum of the parts; what is switched off is not reported."""
     adapter, teacher = adapters()
-    settings = {"kd_detr": {"general_points": 5}, "logit_kd": {"weights": {"class": 3}}}
+    settings = {"kd_detr": {"general_points": 5, "weights": {"general_l1": 0}}, "logit_kd": {"weights": {"class": 3}}}
     methods = build_methods(["kd_detr", "logit_kd"], settings, adapter, teacher)
     module = DistillationModel(adapter.model, adapter, methods, detection_weight=2.0).train()
     batch = zoo.batch()
     view = see(teacher, batch)
     output = module(**batch, teacher_view=view, generator=rng(), kd_scale=0.5)
-    weights = {f"{method.name}_{term}": w for method in methods for term, w in method.config.weights.items()}
-    assert output.terms.keys() == weights.keys()
+    weights = {f"{method.name}_{term}": w for method in methods for term, w in method.config.weights.items() if w}
+    assert output.terms.keys() == weights.keys() and "kd_detr_general_l1" not in weights
     assert weights["logit_kd_class"] == 3
     kd = sum(weights[name] * value for name, value in output.terms.items())
     torch.testing.assert_close(output.loss, 2 * output.detection_loss + 0.5 * kd)

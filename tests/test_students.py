@@ -59,12 +59,16 @@ def test_backbone_of_another_detector(tmp_path):
     load_backbone_weights(model, str(tmp_path / "other"))
     place = backbone_place(model)
     for key, value in model.state_dict().items():
-        expected = other.state_dict()[backbone_place(other) + key.removeprefix(place)] if key.startswith(place) else before[key]
+        expected = (
+            other.state_dict()[backbone_place(other) + key.removeprefix(place)]
+            if key.startswith(place)
+            else before[key]
+        )
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
 def test_no_such_backbone(tmp_path):
-    with pytest.raises(RuntimeError, match="weights of the backbone .*nothing.safetensors.* could not be loaded"):
+    with pytest.raises(RuntimeError, match=r"weights of the backbone .*nothing\.safetensors.* could not be loaded"):
         load_backbone_weights(zoo.build("detr"), str(tmp_path / "nothing.safetensors"))
 
 
@@ -95,9 +99,7 @@ def test_other_shape(tmp_path):
     model = zoo.build("detr")
     name = some_name(model)
     file, _ = backbone_file(tmp_path, model, **{name: torch.ones(3, 3)})
-    with pytest.raises(
-        ValueError, match=rf"1 of its \d+ tensors are not in it with their name and shape.*{name}"
-    ):
+    with pytest.raises(ValueError, match=rf"1 of its \d+ tensors are not in it with their name and shape.*{name}"):
         load_backbone_weights(model, file)
 
 

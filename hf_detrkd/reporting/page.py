@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -81,8 +82,18 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Ma
         ]
     parts += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
     if unfinished:
-        parts.append("Not done:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in unfinished.items()))
+        parts.append(f"Not done:\n\n{_not_done(unfinished)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _not_done(unfinished: Mapping[str, str]) -> str:
+    """A line per method and reason, with its seeds."""
+    seeds = defaultdict(list)
+    for name, reason in unfinished.items():
+        method, _, seed = name.partition("/seed")
+        seeds[method, reason].append(seed)
+    names = {key: f"{key[0]}/seed{', '.join(of)}" if any(of) else key[0] for key, of in seeds.items()}
+    return "\n".join(f"- {names[key]}: {key[1]}" for key in seeds)
 
 
 def _metric_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, float]) -> str:
