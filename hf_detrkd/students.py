@@ -76,7 +76,7 @@ def make_student(
         config.id2label = {int(index): name for index, name in id2label.items()}
         config.label2id = {name: index for index, name in config.id2label.items()}
     try:
-        student = AutoModelForObjectDetection.from_config(config, dtype=torch.float32).eval()
+        student = from_config(config).eval()
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         given = {name: value for name, value in {**wanted, **(settings or {})}.items() if value is not None}
         raise ValueError(f"No {config.model_type} can be built with {given}: {error}") from error
@@ -87,6 +87,27 @@ def make_student(
     elif backbone_weights is not None:
         load_backbone_weights(student, backbone_weights)
     return student
+
+
+def from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """A detector with random weights, drawn as by transformers, but for transformer and queries of DETR and its like.
+
+    There the released code takes Xavier's uniform distribution for matrices and N(0, 1) for queries (`Architecture`'s
+    ``drawn_as_released``), transformers N(0, 0.02^2) for both. With that all queries read the same from the image: a DETR learned
+    to tell them apart by the noise of dropout, which evaluation hasn't. In training its loss fell, its AP stayed at 0.
+    """
+    model = AutoModelForObjectDetection.from_config(config, dtype=torch.float32)
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None or not architecture.drawn_as_released:
+        return model
+    for name, parameter in model.named_parameters():
+        if name in architecture.query_tensors:
+            nn.init.normal_(parameter)
+        elif (
+            name.startswith(architecture.drawn_as_released) and parameter.dim() > 1 and parameter.any()
+        ):  # zeros are meant
+            nn.init.xavier_uniform_(parameter)
+    return model
 
 
 def kept_layers(number: int, of: int) -> list[int]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 import zoo
 from safetensors.torch import save_file
+from transformers import AutoModelForObjectDetection
 
-from hf_detrkd.students import inherit, load_backbone_weights
+from hf_detrkd.families.architecture import ARCHITECTURES
+from hf_detrkd.students import from_config, inherit, load_backbone_weights
 
 
 def backbone_place(model) -> str:
@@ -36,6 +39,57 @@ def backbone_file(tmp_path, model, **changes) -> tuple[str, dict]:
 def some_name(model, part: str = "weight") -> str:
     place = backbone_place(model)
     return next(n.removeprefix(place) for n in model.state_dict() if n.startswith(place) and n.endswith(part))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["detr", "conditional_detr", "deformable_detr", "deformable_detr_two_stage", "dab-detr", "table-transformer"],
+)
+def test_transformer_and_queries_start_as_in_the_released_code(name):
+    """Matrices from Xavier's uniform distribution, queries from N(0, 1); zeros, vectors and all else as by transformers."""
+    config = copy.deepcopy(zoo.build(name).config)
+    config.num_queries = 200
+    torch.manual_seed(0)
+    model = from_config(config)
+    torch.manual_seed(0)
+    expected = AutoModelForObjectDetection.from_config(config).state_dict()
+    architecture = ARCHITECTURES[config.model_type]
+    drawn = 0
+    for key, value in model.state_dict().items():
+        bound = math.sqrt(6 / sum(value.shape)) if value.dim() == 2 else 0.0
+        if key in architecture.query_tensors:
+            assert abs(value.std() - 1) < 0.1 and abs(value.mean()) < 0.1
+        elif key.startswith(("model.encoder.", "model.decoder.")) and bound and not torch.equal(value, expected[key]):
+            assert 0.8 * bound < value.abs().max() <= bound, key
+            drawn += 1
+        else:
+            assert torch.equal(value, expected[key]), key
+    assert drawn > 4 * (config.encoder_layers + config.decoder_layers)
+    if architecture.drawn_as_released[-1].startswith("model.decoder.ref"):
+        assert not any(
+            torch.equal(v, expected[k]) for k, v in model.state_dict().items() if "query_scale" in k and v.dim() > 1
+        )
+
+
+@pytest.mark.parametrize("name", ["detr", "conditional_detr"])
+def test_queries_read_different_things(name):
+    """What queries find in an image at the start must differ by more than the noise of dropout in training."""
+    config = copy.deepcopy(zoo.build(name).config)
+    torch.manual_seed(0)
+    ours, theirs = (build(config).eval() for build in (from_config, AutoModelForObjectDetection.from_config))
+    with torch.no_grad():
+        spread = [model(zoo.batch()["pixel_values"]).last_hidden_state.std(1).mean().item() for model in (ours, theirs)]
+    assert spread[0] > 5 * spread[1]
+
+
+@pytest.mark.parametrize("name", ["rt_detr", "lw_detr", "yolos"])
+def test_other_weights_are_those_of_transformers(name):
+    config = zoo.build(name).config
+    states = []
+    for build in (from_config, AutoModelForObjectDetection.from_config):
+        torch.manual_seed(0)
+        states.append(build(config).state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 @pytest.mark.parametrize("name", ["detr", "deformable_detr", "rt_detr"])

@@ -26,7 +26,7 @@ from ..data import (
     load_detection_dataset,
     split_off_validation,
 )
-from ..students import load_backbone_weights
+from ..students import from_config, load_backbone_weights
 from .arguments import DataArguments, ModelArguments
 
 SPLIT_SEED = 0
@@ -128,7 +128,7 @@ def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -
         return AutoModelForObjectDetection.from_pretrained(
             arguments.model_name_or_path, config=config, ignore_mismatched_sizes=not same, dtype=torch.float32, **hub
         )
-    model = AutoModelForObjectDetection.from_config(config)
+    model = from_config(config)
     if arguments.backbone_weights is not None:
         load_backbone_weights(model, arguments.backbone_weights)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -32,13 +32,27 @@ class Architecture:
     """Learned queries: one row each, in no order."""
     query_groups: str | None = None
     """The field that says how many times over the rows are there, for training in groups."""
+    drawn_as_released: tuple[str, ...] = ()
+    """Where matrices start from Xavier's uniform distribution and learned queries from N(0, 1), as in the released code;
+    transformers draws all of them from N(0, 0.02^2). See `from_config`."""
     derived: tuple[str, ...] = ()
     """Fields that the config computes from others."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """By setting, why it can't be changed."""
 
 
-_DETR = Architecture(query_tensors=("model.query_position_embeddings.weight",))
+_TRANSFORMER = ("model.encoder.layers.", "model.decoder.layers.")
+"""Transformer._reset_parameters of facebookresearch/detr, models/transformer.py, and of those that follow it; queries are
+nn.Embedding's own (models/detr.py, query_embed)."""
+
+_DETR = Architecture(query_tensors=("model.query_position_embeddings.weight",), drawn_as_released=_TRANSFORMER)
+
+_CONDITIONAL = (
+    *_TRANSFORMER,
+    *("model.encoder.query_scale.", "model.decoder.query_scale."),
+    *("model.decoder.ref_point_head.", "model.decoder.ref_anchor_head."),
+)
+"""With the MLPs inside the transformers of Conditional DETR and DAB-DETR, which are reset with them."""
 
 _RT_DETR = Architecture(
     width=("d_model", "encoder_hidden_dim", "decoder_in_channels", "encoder_ffn_dim", "decoder_ffn_dim"),
@@ -76,16 +90,18 @@ _LW_DETR = Architecture(
 _YOLOS = "a YOLOS is one ViT whose detection tokens run through all of it. Start from a smaller YOLOS checkpoint."
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "conditional_detr": _DETR,
+    "conditional_detr": replace(_DETR, drawn_as_released=_CONDITIONAL),
     "d_fine": _D_FINE,
     "dab-detr": Architecture(
         width=("hidden_size", "encoder_ffn_dim", "decoder_ffn_dim"),
         query_tensors=("model.query_refpoint_embeddings.weight",),
+        drawn_as_released=_CONDITIONAL,
     ),
     "deformable_detr": Architecture(
         queries=("num_queries", "two_stage_num_proposals"),
         decoder_lists=_RT_DETR.decoder_lists,
         query_tensors=_DETR.query_tensors,
+        drawn_as_released=_TRANSFORMER,
     ),
     "deimv2": Architecture(
         width=_RT_DETR.width,
