@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 import zoo
@@ -464,6 +465,9 @@ class TestEmbedding:
     def test_numbers(self):
         values = {"delta": 0.05, "steps": 12.0, "time_ratio": 1.257, "map": 3.0, "gap_closed": 50.6, "delta_low": None}
         assert [number(name, value) for name, value in values.items()] == ["+0.1", "12", "1.26", "3.0", "51 %", "-"]
+        # Alike from memory, where they may be numpy's, and from the record; and no -0.0
+        assert [number("delta_low", kind(1.85)) for kind in (float, np.float64)] == ["+1.9", "+1.9"]
+        assert number("delta_low", -0.04) == "+0.0" and number("delta_low", -10.04) == "-10.0"
 
     def test_files(self, tmp_path):
         (tmp_path / "g.json").write_text(json.dumps(self.summaries["g"]))

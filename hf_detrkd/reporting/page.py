@@ -18,7 +18,7 @@ def number(name: str, value: Any) -> str:
     if name == "seeds":
         return str(len(value))
     if name.startswith("delta"):
-        return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0: no -0.0
+        return f"{value:+.1f}".replace("-0.0", "+0.0")
     if name in ("steps", "peak_memory_MiB"):
         return f"{value:.0f}"
     if name in ("gap_closed", "kd_share"):

@@ -185,7 +185,9 @@ def _rounded(value: Any) -> Any:
         return {name: _rounded(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_rounded(part) for part in value]
-    return round(value, 2) + 0.0 if isinstance(value, float) else value  # + 0.0: no -0.0
+    if isinstance(value, float):  # also numpy's, which rounds in its own way and would on the page round 1.85 down
+        return round(float(value), 2) + 0.0  # no -0.0
+    return value
 
 
 def overview(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
