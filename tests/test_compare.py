@@ -427,6 +427,11 @@ class TestEmbedding:
         assert "| student |" in new and "| teacher |" not in new and new.endswith("map -->12.3<!-- /results -->")
         assert embed(new, {}, runs) == new
 
+    def test_runs_of_finetune(self, tmp_path):
+        (tmp_path / "alone.json").write_text(json.dumps({"model": {"test": {"map": 0.0641}}}))
+        text = "<!-- results:alone model map -->?<!-- /results -->"
+        assert embed(text, {}, read_runs(tmp_path)) == text.replace("?", "6.4")
+
     def test_benchmarks(self, tmp_path):
         rows = [{"method": "none", "peak_memory_MiB": 1340.5}, {"overhead": 1.0263, "method": "kd_detr"}]
         (tmp_path / "cost.json").write_text(json.dumps({"what": "step", "rows": rows}))

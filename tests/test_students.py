@@ -107,7 +107,7 @@ def test_backbone(name, tmp_path):
 
 def test_backbone_of_another_detector(tmp_path):
     """A folder or Hub id instead of a file: of another family, with another nesting of names, its backbone is taken."""
-    model, other = zoo.build("conditional_detr", seed=1), zoo.build("deformable_detr", seed=2)
+    model, other = zoo.build("detr", seed=1), zoo.build("dab-detr", seed=2)
     other.save_pretrained(tmp_path / "other")
     before = copy.deepcopy(model.state_dict())
     load_backbone_weights(model, str(tmp_path / "other"))

@@ -59,7 +59,7 @@ def of_run(start: str, run: Mapping[str, Any], role: str | None, metric: str | N
     """The table of a run on its test split, or one number of it; the table of a benchmark."""
     if "rows" in run:
         return f"\n{benchmark_table(run['rows'])}\n"
-    measured = {role: run[role]["test"] for role in ROLES if run.get(role) and run[role].get("test")}
+    measured = {role: run[role]["test"] for role in (*ROLES, "model") if run.get(role) and run[role].get("test")}
     if role is None:
         return f"\n{comparison_table(measured, markdown=True)}\n"
     if metric not in measured.get(role, {}):
@@ -86,8 +86,10 @@ def read_runs(folder: str | Path) -> dict[str, dict[str, Any]]:
     contents = {path.relative_to(folder).with_suffix("").as_posix(): path for path in Path(folder).rglob("*.json")}
     contents = {name: json.loads(path.read_text()) for name, path in sorted(contents.items())}
 
-    def known(content: Any) -> bool:
-        return isinstance(content, dict) and ("student" in content or content.get("what") in BENCHMARKS)
+    def known(content: Any) -> bool:  # of distill.py, finetune.py, benchmark.py
+        return isinstance(content, dict) and bool(
+            {"student", "model"} & content.keys() or content.get("what") in BENCHMARKS
+        )
 
     return {name: content for name, content in contents.items() if known(content)}
 
