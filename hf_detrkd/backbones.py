@@ -1,8 +1,9 @@
-"""Backbones by name: of timm, of transformers, and a few presets that need neither timm nor the Hub."""
+"""Backbones by name (of timm, of transformers, and a few presets that need neither timm nor the Hub), and their weights."""
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, PreTrainedConfig
+from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -92,6 +94,51 @@ def pretrained_weights(name: str) -> Mapping[str, Tensor]:
             f"The weights of the backbone {name!r} could not be loaded: {error}. Pass a safetensors file with them, or "
             "start from random weights."
         ) from error
+
+
+def load_backbone_weights(model: PreTrainedModel, source: str) -> int:
+    """Load a pretrained backbone's weights (of timm, say, or of another detector) into the backbone of a detector.
+
+    The backbone is the part of the model in which the most tensor names end like the file's.
+
+    Args:
+        model: the detector, changed in place.
+        source: a safetensors file under the backbone's own tensor names; or what `pretrained_weights` takes, such as a
+            detector's folder or Hub id. What the model's backbone doesn't have (a classifier) is left out.
+
+    Returns:
+        the number of tensors loaded.
+
+    Raises:
+        ValueError: where the source lacks a tensor of the backbone, or has it in another shape.
+        RuntimeError: there is no such source.
+    """
+    of_file = Path(source).suffix == ".safetensors" and Path(source).is_file()
+    weights = load_file(source) if of_file else pretrained_weights(source)
+    state = model.state_dict()
+    places = Counter(name.removesuffix(key) for name in state for key in weights if name.endswith("." + key))
+    if not places:
+        raise ValueError(
+            f"{source} doesn't fit {type(model).__name__}: no tensor of the model ends with a name of it, such as "
+            f"{sorted(weights)[:3]}. It must have the names of the backbone itself, without what a detector puts before."
+        )
+    place = max(places, key=places.get)
+    backbone = {name: value for name, value in state.items() if name.startswith(place)}
+    fitting = {
+        name: weights[name.removeprefix(place)]
+        for name, value in backbone.items()
+        if name.removeprefix(place) in weights and weights[name.removeprefix(place)].shape == value.shape
+    }
+    # BatchNorm's counters change nothing here, and not every file has them
+    missing = sorted(name for name in backbone.keys() - fitting.keys() if not name.endswith(".num_batches_tracked"))
+    if missing:
+        raise ValueError(
+            f"{source} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of its {len(backbone)} tensors "
+            f"are not in it with their name and shape, the first are {missing[:3]}. Is it another network or "
+            "another width?"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return len(fitting)
 
 
 def _is_timm(name: str) -> bool:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
-from .backbones import PROBE, Backbone, find_backbone, pretrained_weights
+from .backbones import PROBE, Backbone, find_backbone, load_backbone_weights
 from .families import FamilyAdapter, adapter_for
 from .families.architecture import ARCHITECTURES, Architecture
 
@@ -82,10 +80,8 @@ def make_student(
         raise ValueError(f"No {config.model_type} can be built with {given}: {error}") from error
     if inherit_weights:
         _inherit_layers(student, teacher, architecture, new_backbone=backbone is not None)
-    if backbone_weights == PRETRAINED:
-        _load_backbone(student, pretrained_weights(backbone), f"The pretrained {backbone}")
-    elif backbone_weights is not None:
-        load_backbone_weights(student, backbone_weights)
+    if backbone_weights is not None:
+        load_backbone_weights(student, backbone if backbone_weights == PRETRAINED else backbone_weights)
     return student
 
 
@@ -247,54 +243,6 @@ def _first_queries(source: Tensor, like: Tensor, groups: int) -> Tensor:
         return source
     each = source.unflatten(0, (groups, -1))[:, : len(like) // groups]
     return each.flatten(0, 1)
-
-
-def load_backbone_weights(model: PreTrainedModel, source: str) -> int:
-    """Load a pretrained backbone's weights (of timm, say, or of another detector) into the backbone of a detector.
-
-    The backbone is the part of the model in which the most tensor names end like the file's.
-
-    Args:
-        model: the detector, changed in place.
-        source: a safetensors file under the backbone's own tensor names; or what `pretrained_weights` takes, such as a
-            detector's folder or Hub id. What the model's backbone doesn't have (a classifier) is left out.
-
-    Returns:
-        the number of tensors loaded.
-
-    Raises:
-        ValueError: where the source lacks a tensor of the backbone, or has it in another shape.
-        RuntimeError: there is no such source.
-    """
-    weights = load_file(source) if Path(source).is_file() else pretrained_weights(source)
-    return _load_backbone(model, weights, source)
-
-
-def _load_backbone(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str) -> int:
-    state = model.state_dict()
-    places = Counter(name.removesuffix(key) for name in state for key in weights if name.endswith("." + key))
-    if not places:
-        raise ValueError(
-            f"{source} doesn't fit {type(model).__name__}: no tensor of the model ends with a name of it, such as "
-            f"{sorted(weights)[:3]}. It must have the names of the backbone itself, without what a detector puts before."
-        )
-    place = max(places, key=places.get)
-    backbone = {name: value for name, value in state.items() if name.startswith(place)}
-    fitting = {
-        name: weights[name.removeprefix(place)]
-        for name, value in backbone.items()
-        if name.removeprefix(place) in weights and weights[name.removeprefix(place)].shape == value.shape
-    }
-    # BatchNorm's counters change nothing here, and not every file has them
-    missing = sorted(name for name in backbone.keys() - fitting.keys() if not name.endswith(".num_batches_tracked"))
-    if missing:
-        raise ValueError(
-            f"{source} doesn't fit the backbone of {type(model).__name__}: {len(missing)} of its {len(backbone)} tensors "
-            f"are not in it with their name and shape, the first are {missing[:3]}. Is it another network or "
-            "another width?"
-        )
-    model.load_state_dict(fitting, strict=False)
-    return len(fitting)
 
 
 def inherit(student: PreTrainedModel, teacher: PreTrainedModel) -> int:

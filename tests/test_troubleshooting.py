@@ -37,6 +37,7 @@ from hf_detrkd import (
     adapter_for,
     load_detection_dataset,
 )
+from hf_detrkd.backbones import load_backbone_weights
 from hf_detrkd.commands import predict, setup
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.distill import DistillArguments, prepare
@@ -48,7 +49,7 @@ from hf_detrkd.labels import LabelMap
 from hf_detrkd.methods import build_methods
 from hf_detrkd.publishing import PushError, explain, open_repository
 from hf_detrkd.reporting.writing import saving_weights
-from hf_detrkd.students import load_backbone_weights, make_student
+from hf_detrkd.students import make_student
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 CLASSES = {0: "cat", 1: "dog", 2: "bird"}

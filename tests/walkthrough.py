@@ -211,8 +211,8 @@ def save_start(arguments: argparse.Namespace, folder: Path) -> None:
     """The detector that the teacher starts from, with its image processor."""
     from transformers import AutoConfig, AutoModelForObjectDetection, set_seed
 
+    from hf_detrkd.backbones import load_backbone_weights
     from hf_detrkd.commands.setup import family_image_processor
-    from hf_detrkd.students import load_backbone_weights
 
     set_seed(0)
     model = AutoModelForObjectDetection.from_config(AutoConfig.from_pretrained(arguments.model))

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
+from ..backbones import load_backbone_weights
 from ..data import (
     Augmentation,
     DetectionDataset,
@@ -26,7 +27,7 @@ from ..data import (
     load_detection_dataset,
     split_off_validation,
 )
-from ..students import from_config, load_backbone_weights
+from ..students import from_config
 from .arguments import DataArguments, ModelArguments
 
 SPLIT_SEED = 0
