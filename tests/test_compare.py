@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -381,10 +382,68 @@ class TestSummary:
         said = []
         write_summary(grid, output, {}, say=said.append)
         after = [(output / name).read_text() for name in files]
-        assert "no run of grid is here" in said[0] and [after[0], after[2]] == [before[0], before[2]]
+        assert "17 cells of grid are not here" in said[0] and [after[0], after[2]] == [before[0], before[2]]
         # Why a cell isn't there is known only where it was run
         assert "seed5: failed" in before[1] and "bccd/small/logit_kd/seed5: to do" in after[1]
         assert before[1].partition("Not done")[0] == after[1].partition("Not done")[0]
+
+    def test_a_record_goes_on(self, lab, tmp_path):
+        """Some cells run elsewhere, some here: together they are what one machine would have made of all."""
+        grid, output, everything = lab.grid(), tmp_path / "docs", tmp_path / "all"
+        quiet = {"say": lambda *_: None}
+        write_summary(grid, everything, lab.run(grid), **quiet)
+        for cell in grid.cells:
+            if cell.method == "heavy":
+                shutil.rmtree(cell.folder)
+        write_summary(grid, output, {}, **quiet)
+        assert "heavy" not in (output / "summary.json").read_text()
+        for cell in grid.cells:
+            if cell.seed == 5 or cell.method in ("logit_kd", "longer_twin"):
+                shutil.rmtree(cell.folder, ignore_errors=True)
+        write_summary(grid, output, lab.run(grid, "*/heavy/*"), **quiet)
+        for name in ("grid.json", "grid.md", "summary.json"):
+            assert (output / name).read_text() == (everything / name).read_text()
+
+    @pytest.mark.parametrize(
+        ("change", "left_out", "reason"),
+        [
+            ({"common": {"max_steps": 10, "learning_rate": 0.1}}, "*", "learning_rate was 0.001 and is 0.1"),
+            (
+                {"methods": {"logit_kd": {}, "heavy": {"method": "kd_detr", "kd_weight": 8}}},
+                "*/heavy/*",
+                "was 9 and is 8",
+            ),
+            ({"wish": {"bccd__small__teacher": {"map": 0.4}}, "run": "bccd/small/teacher"}, "bccd/*", "teacher here"),
+            (
+                {"wish": {"bccd__small__none__seed5": {"map": 0.3}}, "run": "bccd/small/none/seed5"},
+                "bccd/small/*/seed5",
+                "the twin here is not the recorded one",
+            ),
+        ],
+    )
+    def test_a_record_that_is_of_something_else(self, lab, tmp_path, change, left_out, reason):
+        """Other settings, another teacher, a twin that doesn't come out the same: left out, and the page says why."""
+        grid, output = lab.grid(), tmp_path / "docs"
+        write_summary(grid, output, lab.run(grid), say=lambda *_: None)
+        recorded = json.loads((output / "grid.json").read_text())["runs"]
+        shutil.rmtree(lab.folder / "runs")
+        lab.wish(**change.pop("wish", {}))
+        pattern = change.pop("run", None)
+        grid = lab.grid(**change)
+        if pattern is not None:
+            lab.run(grid, pattern)
+        said = []
+        write_summary(grid, output, {}, say=said.append)
+        assert any(reason in line for line in said)
+        kept = json.loads((output / "grid.json").read_text())["runs"] if left_out != "*" else {}
+        for name, run in recorded.items():
+            if grid.cell(*name.split("/")[:3], int(name[-1])) is None or name == pattern:
+                continue
+            assert kept.get(name) == (None if fnmatchcase(name, left_out) else run), name
+        if left_out == "*":
+            assert "nothing to summarise" in said[-1]
+        else:
+            assert reason in (output / "grid.md").read_text()
 
     def test_what_is_missing_has_a_line_per_method(self):
         missing = dict.fromkeys(("d/p/teacher", "d/p/a/seed0", "d/p/a/seed2", "d/p/b/seed0"), "to do") | {

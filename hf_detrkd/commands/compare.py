@@ -10,7 +10,8 @@ What a grid is: hf_detrkd/commands/grid.py. Every cell is a run of distill.py of
 runs/<grid>/<data>/<pair>/<method>/seed<k>/, with its recipe.yaml, log.txt and results.json. Start the command again after
 it was stopped: what is done stays, what was begun goes on from its last checkpoint. Finished cells lose their checkpoints
 and keep the model. The summary goes to docs/results: <grid>.md, .json and .png, and summary.json of all grids there;
---summarize_only on a machine without the runs makes tables and plots again of what <grid>.json has recorded of them.
+What <grid>.json has recorded of runs that aren't on this machine goes on counting, as long as the settings, the teacher
+and the twins that are here say that it is the same comparison: a grid can go on elsewhere.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from ..reporting.embed import embed_files
 from ..reporting.fairness import check_fair
 from ..reporting.gains import plot_gains, plot_progress
 from ..reporting.page import gain_table, markdown
-from ..reporting.summary import TWIN, gain_rows, overview, read_summaries, summarize
+from ..reporting.summary import TWIN, overview, read_summaries, summarize
 from .diagnose import diagnose_cells
 from .gate import no_better
 from .grid import TEACHER, Cell, Grid, read_grid
+from .grid_record import continue_record
 from .setup import write_json
 
 POLL_SECONDS = 0.5
@@ -223,7 +225,7 @@ def command_of(cell: Cell) -> list[str]:
 def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=print) -> None:
     """The grid's page, numbers and pictures, and ``summary.json`` of all grids in the folder.
 
-    Where none of its runs is on this machine, from what was recorded of them in ``<grid>.json``.
+    Runs that aren't on this machine are taken from what ``<grid>.json`` has recorded of them (`continue_record`).
 
     Args:
         outcomes: by name, why cells that aren't done aren't, where that is known.
@@ -233,13 +235,17 @@ def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=pri
     runs = {(c.data, c.pair, c.method, c.seed): c.read() for c in done if c.method != TEACHER}
     teachers = {(c.data, c.pair): c.read() for c in done if c.method == TEACHER}
     file = output / f"{grid.name}.json"
-    if not runs and file.is_file():
-        say(f"no run of {grid.name} is here; what follows is made of what {file} has recorded")
-        summary = _of_record(grid, json.loads(file.read_text()))
-        recorded = {cell.name for cell in grid.cells if cell.method == TEACHER} | summary["runs"].keys()
-        states |= dict.fromkeys(recorded, "done")
-    else:
-        summary = summarize(grid.name, grid.split, runs, teachers)
+    summary = summarize(grid.name, grid.split, runs, teachers)
+    if file.is_file():
+        summary, verdicts = continue_record(grid, summary, json.loads(file.read_text()))
+        recorded = sum(verdict == "done" for verdict in verdicts.values())
+        if recorded:
+            say(f"{recorded} cells of {grid.name} are not here: taken from what {file} has recorded of them")
+        for name, verdict in verdicts.items():
+            if verdict != "done":
+                say(f"{name}: {verdict}")
+        states |= verdicts
+        outcomes = {**outcomes, **verdicts}
     if not summary["rows"]:
         say("no method has run beside its twin yet: nothing to summarise")
         return
@@ -254,12 +260,6 @@ def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=pri
     )
     write_json(overview(list(read_summaries(output).values())), output / "summary.json")
     say(f"{gain_table(summary['rows'])}\nwritten to {output / grid.name}.md, .json and .png")
-
-
-def _of_record(grid: Grid, summary: dict) -> dict:
-    """A summary read from its file, with the rows made again, in the order of the grid."""
-    runs = {cell.name: summary["runs"][cell.name] for cell in grid.cells if cell.name in summary["runs"]}
-    return summary | {"rows": gain_rows(runs, summary["pairs"]), "runs": runs}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""What a grid's ``<grid>.json`` has recorded of runs that aren't on this machine, beside those that are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..reporting.fairness import HARMLESS, METHOD_FIELDS
+from ..reporting.summary import TWIN, gain_rows
+from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid
+
+REPRODUCED = ("initial_digest", "steps", "validation", "test")
+"""In what a twin that was run here must be as the recorded one, to the last digit."""
+
+
+def continue_record(grid: Grid, here: Mapping[str, Any], recorded: Mapping[str, Any]) -> tuple[dict, dict[str, str]]:
+    """The runs that are here and the recorded ones that go with them.
+
+    A recorded run counts as one that is here, unless something speaks against it: the grid says other settings than it
+    had; the pair's teacher, measured here, has other numbers; or the twin of its seed, trained here, began with other
+    weights or ended with other numbers.
+
+    Args:
+        grid: whose cells count, in this order.
+        here: of `reporting.summary.summarize`; it goes before the record.
+        recorded: the same of another time or machine.
+
+    Returns:
+        a summary, and by name of every cell that is recorded and not here ``done``, or why its record is left out.
+    """
+    runs, pairs, verdicts = {}, {}, {}
+    for cell in grid.cells:
+        pair = f"{cell.data}/{cell.pair}"
+        place, name, kept = ("pairs", pair, pairs) if cell.method == TEACHER else ("runs", cell.name, runs)
+        if name in here[place]:
+            kept[name] = here[place][name]
+        elif name in recorded[place] and not cell.results.is_file():  # what ended here is unfair, or has changed
+            reason = _against(cell, pair, here, recorded)
+            if reason is None:
+                kept[name] = recorded[place][name]
+            verdicts[cell.name] = "done" if reason is None else f"to do; its record is left out: {reason}"
+    return {**here, "rows": gain_rows(runs, pairs), "pairs": pairs, "runs": runs}, verdicts
+
+
+def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | None:
+    """What speaks against a recorded cell, in words."""
+    was, now = recorded["pairs"].get(pair), here["pairs"].get(pair)
+    if was is None:
+        return "there is none of its teacher"
+    shared = {name: value for group in was["settings"].values() for name, value in group.items()}
+    ran = shared if cell.method == TEACHER else {**shared, **recorded["runs"][cell.name]}
+    free = OF_THE_HARNESS | HARMLESS | (METHOD_FIELDS if cell.method == TEACHER else set())
+    free |= {"max_steps"} if cell.time_of else set()
+    for name, value in cell.recipe.items():
+        value = "+".join(value) if name == "method" and not isinstance(value, str) else value
+        if name not in free and ran.get(name) != value:
+            return f"{name} was {ran.get(name)!r} and is {value!r}"
+    if now is not None and now["teacher"]["metrics"] != was["teacher"]["metrics"]:
+        return "the teacher here has other numbers than the recorded one"
+    twin = f"{pair}/{TWIN}/seed{cell.seed}"
+    if twin in here["runs"]:
+        was, now = recorded["runs"].get(twin), here["runs"][twin]
+        if was is None or any(was[name] != now[name] for name in REPRODUCED):
+            return "the twin here is not the recorded one"
+    return None
