@@ -43,7 +43,8 @@ ap = wish.get("map", {"none": 0.1}.get(method, 0.2)) + 0.01 * recipe.get("seed",
 metrics = {"loss": 3.0, "map": ap, "map_50": 2 * ap, "map_small": ap, "map_cell": ap}
 settings = {"Arguments": {name: value for name, value in recipe.items() if name.endswith(("name", "path", "split"))}}
 settings |= {"DistillationConfig": {
-    "method": [method], "method_config": None, "kd_weight": recipe.get("kd_weight", 1), "kd_warmup_steps": 0, "kd_stop": 0,
+    "method": [method], "method_config": None, "kd_weight": recipe.get("kd_weight", 1),
+    "kd_warmup_steps": 0, "kd_stop": 0, "kd_decay": "none",
     "learning_rate": recipe["learning_rate"], "seed": recipe.get("seed"), "max_steps": recipe["max_steps"],
     "output_dir": str(folder)}}
 student = {

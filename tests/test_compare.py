@@ -413,6 +413,11 @@ class TestSummary:
                 "*/heavy/*",
                 "was 9 and is 8",
             ),
+            (
+                {"methods": {"logit_kd": {}, "heavy": {"method": "kd_detr"}}},
+                "*/heavy/*",
+                "kd_weight was 9 and is 1.0",  # the default of what the grid doesn't say
+            ),
             ({"wish": {"bccd__small__teacher": {"map": 0.4}}, "run": "bccd/small/teacher"}, "bccd/*", "teacher here"),
             (
                 {"wish": {"bccd__small__none__seed5": {"map": 0.3}}, "run": "bccd/small/none/seed5"},

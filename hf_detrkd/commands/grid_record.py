@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..config import DistillationConfig
 from ..reporting.fairness import HARMLESS, METHOD_FIELDS
 from ..reporting.summary import TWIN, gain_rows
 from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid
@@ -17,8 +18,9 @@ def continue_record(grid: Grid, here: Mapping[str, Any], recorded: Mapping[str, 
     """The runs that are here and the recorded ones that go with them.
 
     A recorded run counts as one that is here, unless something speaks against it: the grid says other settings than it
-    had; the pair's teacher, measured here, has other numbers; or the twin of its seed, trained here, began with other
-    weights or ended with other numbers.
+    had (of a method's fields also by leaving one out, which means its default); the pair's teacher, measured here, has
+    other numbers; or the twin of its seed, trained here, began with other weights or ended with other numbers. A setting
+    of all cells that the grid no longer names is noticed with the first twin that is run.
 
     Args:
         grid: whose cells count, in this order.
@@ -51,7 +53,8 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
     ran = shared if cell.method == TEACHER else {**shared, **recorded["runs"][cell.name]}
     free = OF_THE_HARNESS | HARMLESS | (METHOD_FIELDS if cell.method == TEACHER else set())
     free |= {"max_steps"} if cell.time_of else set()
-    for name, value in cell.recipe.items():
+    defaults = {name: getattr(DistillationConfig, name) for name in METHOD_FIELDS - {"method"}}
+    for name, value in {**defaults, **cell.recipe}.items():
         value = "+".join(value) if name == "method" and not isinstance(value, str) else value
         if name not in free and ran.get(name) != value:
             return f"{name} was {ran.get(name)!r} and is {value!r}"
