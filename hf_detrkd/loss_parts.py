@@ -50,4 +50,5 @@ class LossParts:
         means = torch.stack([torch.stack(self._window[name]).float().mean() for name in names])
         means = accelerator.reduce(means, reduction="mean").tolist()
         self._window.clear()
-        return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
+        # Significant digits: a term with a millionth of the gradient has a share too
+        return {name: float(f"{value:.6g}") for name, value in zip(names, means, strict=True)}
