@@ -30,6 +30,7 @@ from hf_detrkd.commands.records import StepClock
 from hf_detrkd.methods import METHODS, configure
 from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
+from hf_detrkd.reporting.gains import line_styles
 from hf_detrkd.reporting.page import markdown, number
 from hf_detrkd.reporting.summary import ROW, interval, overview, read_summaries, summarize
 
@@ -352,6 +353,18 @@ class TestSummary:
         write_summary(chosen, output, lab.run(chosen), say=lambda *_: None)
         assert len(json.loads((output / "summary.json").read_text())) == 9
         assert "validation split" in (output / "chosen.md").read_text()
+
+    def test_a_method_looks_alike_in_every_panel(self):
+        """One pair lacks a method, and there are more methods than colours."""
+        names = [f"method{number}" for number in range(8)]
+        rows = [{"method": name} for name in (*names[3:], "longer_twin", *names)]
+        runs = {f"bccd/small/{name}/seed0": {"method": name} for name in names}
+        runs["bccd/small/longer_twin/seed0"] = {"method": "none"}
+        styles = line_styles({"rows": rows, "runs": runs})
+        looks = [(style["color"], style["linestyle"]) for style in styles.values()]
+        assert list(styles) == ["none", *names[3:], "longer_twin", *names[:3]] and len(set(looks)) == len(looks)
+        black = {name for name, style in styles.items() if style["color"] == "#000000"}
+        assert black == {"none", "longer_twin"}
 
     def test_unfair_cells_are_left_out_and_named(self, lab, tmp_path):
         grid = lab.grid()

@@ -14,6 +14,7 @@ from .curves import PALETTE, STYLES
 from .summary import TWIN
 
 DPI = 80
+BLACK = "#000000"
 
 
 def plot_gains(summary: Mapping[str, Any], path: str | Path) -> None:
@@ -42,14 +43,14 @@ def plot_gains(summary: Mapping[str, Any], path: str | Path) -> None:
 
 def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
     """Writes a PNG: for every pair AP on the validation split against steps and against the time that they take."""
-    groups = _groups(summary)
+    groups, styles = _groups(summary), line_styles(summary)
     figure = Figure(figsize=(10, 3.6 * len(groups)), layout="constrained")
     for (by_step, by_time), (name, rows) in zip(
         figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True
     ):
-        for index, method in enumerate([TWIN, *(row["method"] for row in rows)]):
+        for method in (TWIN, *(row["method"] for row in rows)):
             runs = [run for key, run in summary["runs"].items() if key.startswith(f"{name}/{method}/")]
-            _lines(by_step, by_time, runs, "twin" if method == TWIN else method, index)
+            _lines(by_step, by_time, runs, "twin" if method == TWIN else method, styles[method])
         by_step.set(title=f"{name}: AP, validation split", xlabel="optimisation step")
         by_time.set(title="the same", xlabel="minutes of training steps")
         by_step.legend(fontsize="small")
@@ -92,7 +93,21 @@ def plot_diagnoses(cells: Mapping[str, Mapping[str, Any]], path: str | Path) -> 
     _save(figure, path)
 
 
-def _lines(by_step: Axes, by_time: Axes, runs: list[Mapping[str, Any]], label: str, index: int) -> None:
+def line_styles(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """How each method's line looks, in every panel alike; what is trained without a teacher is black and broken."""
+    alone = {name.split("/")[2] for name, run in summary["runs"].items() if run["method"] == TWIN}
+    colors = [color for color in PALETTE if color != BLACK]
+    styles = {TWIN: {"color": BLACK, "linestyle": "--"}}
+    for method in dict.fromkeys(row["method"] for row in summary["rows"]):
+        if method in alone:
+            styles[method] = {"color": BLACK, "linestyle": ":"}
+        else:
+            turn, color = divmod(sum(style["color"] != BLACK for style in styles.values()), len(colors))
+            styles[method] = {"color": colors[color], "linestyle": STYLES[turn % len(STYLES)], "linewidth": 1.4}
+    return styles
+
+
+def _lines(by_step: Axes, by_time: Axes, runs: list[Mapping[str, Any]], label: str, style: Mapping[str, Any]) -> None:
     """The mean over the seeds, as far as all of them have been evaluated."""
     # A run evaluates once an epoch or every so many steps, so the seeds agree in the steps
     curves = [dict(map(tuple, run["curve"])) for run in runs]
@@ -100,10 +115,6 @@ def _lines(by_step: Axes, by_time: Axes, runs: list[Mapping[str, Any]], label: s
     if not steps:
         return
     points = [100 * statistics.mean(curve[step] for curve in curves) for step in steps]
-    style = {"color": "black", "linestyle": "--"}
-    if index:
-        turn, color = divmod(index - 1, len(PALETTE))
-        style = {"color": PALETTE[color], "linestyle": STYLES[turn % len(STYLES)], "linewidth": 1.4}
     by_step.plot(steps, points, label=label, **style)
     seconds = [run["step_seconds"] for run in runs if run["step_seconds"]]
     if seconds:
