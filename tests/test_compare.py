@@ -179,15 +179,25 @@ class TestRunner:
         assert set(lab.run(grid, "bccd/*").values()) == {"done"}
         assert {name: n for name, n in lab.starts().items() if n > 1} == {"bccd/small/heavy/seed3": 2}
 
-    def test_a_longer_twin_needs_the_time_of_a_step(self, lab):
+    @pytest.mark.parametrize(
+        ("seconds", "said"),
+        [
+            (None, "bccd/small/heavy/seed3 doesn't know how long its steps take"),  # resumed after its last step
+            (
+                1e-9,
+                "which is the same without a teacher: other work slowed them unevenly",
+            ),  # would make it a shorter twin
+        ],
+    )
+    def test_a_longer_twin_needs_the_time_of_a_step(self, lab, seconds, said):
         grid = lab.grid()
         lab.run(grid, "bccd/*/heavy/seed3")
         cell = grid.cell("bccd", "small", "heavy", 3)
         result = cell.read()
-        result["student"]["step_seconds"] = None  # resumed after its last step
+        result["student"]["step_seconds"] = seconds
         cell.results.write_text(json.dumps(result))
         outcomes = lab.run(grid, "bccd/*/longer_twin/seed3")
-        assert "bccd/small/heavy/seed3 doesn't know how long its steps take" in outcomes["bccd/small/longer_twin/seed3"]
+        assert said in outcomes["bccd/small/longer_twin/seed3"]
 
     def test_a_teacher_that_is_no_better_stops_its_pair(self, lab):
         lab.wish(bccd__small__teacher={"map": 0.12})

@@ -110,7 +110,8 @@ class Grid:
         """The steps a longer twin has: as many as take the time of the distilled run of the same seed.
 
         Raises:
-            ValueError: where one of the two doesn't know, as it was resumed after its last step.
+            ValueError: where one of the two doesn't know, as it was resumed after its last step, and where the distilled
+                run was the faster one.
         """
         pair = [self.cell(cell.data, cell.pair, method, cell.seed) for method in (TWIN, cell.time_of)]
         twin, other = (run.read()["student"] for run in pair)
@@ -119,7 +120,13 @@ class Grid:
                 raise ValueError(
                     f"{run.name} doesn't know how long its steps take; delete {run.folder} and run it again"
                 )
-        return round(twin["steps"] * other["step_seconds"] / twin["step_seconds"])
+        ratio = other["step_seconds"] / twin["step_seconds"]
+        if ratio < 1:
+            raise ValueError(
+                f"A step of {pair[1].name} took {ratio:.2f} times that of {pair[0].name}, which is the same without a teacher: "
+                f"other work slowed them unevenly. Delete {pair[0].folder} and {pair[1].folder} and run them again."
+            )
+        return round(twin["steps"] * ratio)
 
     def needs(self, cell: Cell) -> list[Cell]:
         """The cells that must be done before: of a twin its teacher, of the others the twin too."""
