@@ -38,7 +38,9 @@ def test_what_the_student_can_carry_decides():
     assert choose(adapter("yolos")).method == ("features", "logit_kd")
 
 
-@pytest.mark.parametrize("grid", ["bccd96", "bccd_finetuned", "bccd_weights", "shapes", "shapes_long", "shapes_families"])
+@pytest.mark.parametrize(
+    "grid", ["bccd96", "bccd_finetuned", "bccd_weights", "shapes", "shapes_long", "shapes_families"]
+)
 def test_its_evidence_is_about_its_settings(grid):
     """The documents say that `maps_and_points` of these grids is what `auto` takes."""
     content = yaml.safe_load((ROOT / "scripts" / "recipes" / "grids" / f"{grid}.yaml").read_text())
