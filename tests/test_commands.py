@@ -77,6 +77,7 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "twin" in printed and "student" in printed and "specific_l1" in printed
+    assert f"written to {output}: model, results.json, report.html, curves.png, sheet.png, README.md\n" in printed
     assert "WARNING: the teacher has AP 0." in printed  # it is not trained
 
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results, default=str))
@@ -106,6 +107,24 @@ def test_finetune_distill_evaluate(tmp_path, capsys):
 
     with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
         distill.main([*arguments, "--output_dir", str(output), *QUICK])
+
+
+def test_only_files_that_are_there_are_announced(tmp_path, capsys):
+    """A run shorter than `logging_steps` has logged no curve."""
+    student = save(tmp_path / "student", NAMES, decoder_layers=2)
+    flags = [
+        "--model_name_or_path",
+        student,
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "1",
+        "--sheet_images",
+        "0",
+    ]
+    finetune.main([*flags, *QUICK])
+    assert not (tmp_path / "run" / "curves.png").exists()
+    assert capsys.readouterr().out.rstrip().endswith(": model, results.json, report.html, README.md")
 
 
 def test_a_run_can_be_watched_while_it_trains(tmp_path, monkeypatch):

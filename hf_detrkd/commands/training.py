@@ -118,8 +118,8 @@ def write_down(
     with reports.writing("README.md"):
         write_card(output, results)
     measured = {role: results[role]["test"] for role in ("teacher", "twin", "student", "model") if results.get(role)}
-    sheet = "sheet.png, " if args.sheet_images else ""
+    files = ("results.json", "report.html", "curves.png", "sheet.png", "README.md")
+    written = ["model", *(name for name in files if (output / name).is_file())]  # a short run has logged no curve
     say(
-        f"\nCOCO AP on {data.test_split}, in points\n{comparison_table(measured)}\n\nwritten to {output}: model, "
-        f"results.json, report.html, curves.png, {sheet}README.md"
+        f"\nCOCO AP on {data.test_split}, in points\n{comparison_table(measured)}\n\nwritten to {output}: {', '.join(written)}"
     )
