@@ -49,6 +49,13 @@ def test_its_evidence_is_about_its_settings(grid):
     assert content["methods"]["maps_and_points"] == fields and content["common"]["kd_decay"] == choice.kd_decay
 
 
+def test_balanced_weights_are_those_that_were_found():
+    """bccd_weights takes over what `tune.py` found for bccd_finetuned; the documents say so."""
+    tuned = ROOT / "scripts" / "recipes" / "grids" / "tuned"
+    found, taken = (yaml.safe_load((tuned / f"{name}.yaml").read_text()) for name in ("bccd_finetuned", "bccd_weights"))
+    assert taken and all(found[name.replace("balanced_", "")] == fields for name, fields in taken.items())
+
+
 def test_settings_of_the_choice():
     args = config()
     new = settled(args, adapter("detr"))
