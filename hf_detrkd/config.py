@@ -21,6 +21,7 @@ class DistillationConfig(TrainingArguments):
     Everything of `TrainingArguments` works as usual. Changed defaults: ``remove_unused_columns=False`` (labels are
     lists of dictionaries), ``batch_eval_metrics=True`` (evaluation streams), ``max_grad_norm=0.1`` (DETR, main.py),
     ``learning_rate=1e-4`` and ``weight_decay=1e-4`` (DETR, main.py), ``metric_for_best_model="eval_map"``,
+    ``logging_steps=10`` (as in trl: with 500 a small data set logs nothing),
     the mixed precision that ``accelerate launch`` asks for, or else bf16 where the device has it (``bf16=False``: none).
 
     Raises:
@@ -114,6 +115,7 @@ class DistillationConfig(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of all but the backbone."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of all but biases and norms."})
     max_grad_norm: float = field(default=0.1, metadata={"help": "Gradient norm clipping, as in DETR."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
     hub_strategy: str = field(
         default="end",
         metadata={

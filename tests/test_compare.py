@@ -30,7 +30,7 @@ from hf_detrkd.commands.records import StepClock
 from hf_detrkd.methods import METHODS, configure
 from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
-from hf_detrkd.reporting.gains import line_styles
+from hf_detrkd.reporting.gains import compared_runs, line_styles
 from hf_detrkd.reporting.page import markdown, number
 from hf_detrkd.reporting.summary import ROW, interval, overview, read_summaries, summarize
 
@@ -375,6 +375,19 @@ class TestSummary:
         assert list(styles) == ["none", *names[3:], "longer_twin", *names[:3]] and len(set(looks)) == len(looks)
         black = {name for name, style in styles.items() if style["color"] == "#000000"}
         assert black == {"none", "longer_twin"}
+
+    def test_a_panel_compares_runs_of_the_same_seeds(self):
+        seeds = {"none": [0, 1, 2], "often": [1, 0], "too": [0, 1], "once": [2]}
+        runs = {f"bccd/small/{method}/seed{seed}": {"seed": seed} for method in seeds for seed in seeds[method]}
+        rows = [{"dataset": "bccd", "pair": "small", "method": name, "seeds": seeds[name]} for name in list(seeds)[1:]]
+        panels = compared_runs({"rows": rows, "runs": runs})
+        assert {
+            name: {method: sorted(run["seed"] for run in of) for method, of in methods.items()}
+            for name, methods in panels.items()
+        } == {
+            "bccd/small, seeds 0, 1": {"none": [0, 1], "often": [0, 1], "too": [0, 1]},
+            "bccd/small, seed 2": {"none": [2], "once": [2]},
+        }
 
     def test_unfair_cells_are_left_out_and_named(self, lab, tmp_path):
         grid = lab.grid()

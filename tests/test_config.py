@@ -37,6 +37,7 @@ def test_defaults():
         "learning_rate": 1e-4,
         "weight_decay": 1e-4,
         "max_grad_norm": 0.1,
+        "logging_steps": 10,
         "remove_unused_columns": False,
         "batch_eval_metrics": True,
         "metric_for_best_model": "eval_map",

@@ -42,22 +42,40 @@ def plot_gains(summary: Mapping[str, Any], path: str | Path) -> None:
 
 
 def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
-    """Writes a PNG: for every pair AP on the validation split against steps and against the time that they take."""
-    groups, styles = _groups(summary), line_styles(summary)
-    figure = Figure(figsize=(10, 3.6 * len(groups)), layout="constrained")
-    for (by_step, by_time), (name, rows) in zip(
-        figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True
+    """Writes a PNG: for every panel of `compared_runs` AP on the validation split against steps and against the time that
+    they take."""
+    panels, styles = compared_runs(summary), line_styles(summary)
+    figure = Figure(figsize=(10, 3.6 * len(panels)), layout="constrained")
+    for (by_step, by_time), (name, methods) in zip(
+        figure.subplots(len(panels), 2, squeeze=False), panels.items(), strict=True
     ):
-        for method in (TWIN, *(row["method"] for row in rows)):
-            runs = [run for key, run in summary["runs"].items() if key.startswith(f"{name}/{method}/")]
+        for method, runs in methods.items():
             _lines(by_step, by_time, runs, "twin" if method == TWIN else method, styles[method])
-        by_step.set(title=f"{name}: AP, validation split", xlabel="optimisation step")
+        by_step.set(title=f"{name}: AP, validation", xlabel="optimisation step")
         by_time.set(title="the same", xlabel="minutes of training steps")
         by_step.legend(fontsize="small")
         for axes in (by_step, by_time):
             axes.grid(alpha=0.3)
             axes.set_ylim(bottom=0)
     _save(figure, path)
+
+
+def compared_runs(summary: Mapping[str, Any]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """The runs of the twin and of the methods, by panel and method.
+
+    A panel has a pair's methods that ran with the same seeds, and the twin with these alone: seeds differ by more than methods
+    do, and a mean over some stands in no relation to a mean over others.
+    """
+    panels: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for name, rows in _groups(summary).items():
+        for row in rows:
+            runs = {
+                method: [summary["runs"][f"{name}/{method}/seed{seed}"] for seed in row["seeds"]]
+                for method in (TWIN, row["method"])
+            }
+            seeds = f"seed{'s' * (len(row['seeds']) > 1)} {', '.join(map(str, sorted(row['seeds'])))}"
+            panels.setdefault(f"{name}, {seeds}", {}).update(runs)
+    return panels
 
 
 def plot_diagnoses(cells: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
