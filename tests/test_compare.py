@@ -552,6 +552,25 @@ class TestEmbedding:
         only = embed("<!-- results:g */b --><!-- /results -->", self.summaries, {})
         assert "| d/p/b |" in only and "d/p/a" not in only and "+0.0 to +2.0" in only  # no -0.0
 
+    def test_gains_by_method_and_pair(self):
+        """Bold where the interval leaves out 0, on either side; a line that ends at it doesn't."""
+        rows = [
+            ("p", "a", 3.14, [2, 4.2], [0, 1]),
+            ("p", "b", 1, [0, 2], [0, 1]),
+            ("q", "b", -1.5, [-2, -1], [0, 1, 2]),
+            ("q", "c", 9, [None, None], [0]),
+        ]
+        names = ("pair", "method", "delta", "ends", "seeds")
+        rows = [dict(zip(names, row, strict=True)) for row in rows]
+        rows = [{"dataset": "d", "delta_low": row["ends"][0], "delta_high": row["ends"][1], **row} for row in rows]
+        lines = embed("<!-- results:g * methods --><!-- /results -->", {"g": {"rows": rows}}, {}).splitlines()
+        header, _, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:-1])
+        assert header == ["", "d/p", "d/q"] and cells == [
+            ["a", "**+3.1** (2)", "-"],
+            ["b", "+1.0 (2)", "**-1.5** (3)"],
+            ["c", "-", "+9.0 (1)"],
+        ]
+
     @pytest.mark.parametrize(
         ("mark", "message"),
         [

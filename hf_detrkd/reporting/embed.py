@@ -2,6 +2,7 @@
 
 <!-- results:bccd -->                                   the table of a grid
 <!-- results:bccd bccd/rt_detr/* -->                    its lines that fit a pattern of data/pair/method
+<!-- results:bccd bccd/* methods -->                    the gains of these, a line per method and a column per pair
 <!-- results:bccd bccd/rt_detr/kd_detr delta -->+3.1    one number
 <!-- results:demo -->                                   the table of a single run with its twin, from ``demo.json``
 <!-- results:demo student map -->11.0                   one number of it, in points: of the teacher, twin or student
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .page import gain_table, number, select
+from .page import gain_table, method_table, number, select
 from .summary import read_summaries
 from .table import comparison_table, points, text_table
 
@@ -48,6 +49,8 @@ def embed(text: str, summaries: Mapping[str, Mapping[str, Any]], runs: Mapping[s
         rows = select(summaries[grid], pattern or "*")
         if name is None and rows:
             return f"{start}\n{gain_table(rows)}\n{end}"
+        if name == "methods" and rows:
+            return f"{start}\n{method_table(rows)}\n{end}"
         if len(rows) != 1 or name not in rows[0]:
             raise ValueError(f"{start}: {len(rows)} lines fit, of {sorted(summaries[grid]['rows'][0])}; one is needed.")
         return f"{start}{number(name, rows[0][name])}{end}"

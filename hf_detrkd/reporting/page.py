@@ -49,6 +49,23 @@ def gain_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return text_table(header, lines, markdown=True)
 
 
+def method_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line per method and a column per pair: the gain and, in brackets, its seeds; bold where the interval leaves out 0."""
+    pairs = list(dict.fromkeys(f"{row['dataset']}/{row['pair']}" for row in rows))
+    cells = {(row["method"], f"{row['dataset']}/{row['pair']}"): _gain(row) for row in rows}
+    lines = [
+        [name, *(cells.get((name, pair), "-") for pair in pairs)]
+        for name in dict.fromkeys(row["method"] for row in rows)
+    ]
+    return text_table(["", *pairs], lines, markdown=True)
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    gain, low, high = number("delta", row["delta"]), row["delta_low"], row["delta_high"]
+    sure = low is not None and (low > 0 or high < 0)
+    return f"{f'**{gain}**' if sure else gain} ({len(row['seeds'])})"
+
+
 def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Mapping[str, str]) -> str:
     """The page of a grid.
 
