@@ -49,7 +49,8 @@ settings |= {"DistillationConfig": {
     "output_dir": str(folder)}}
 student = {
     "method": method, "model_type": "rt_detr", "initial_digest": str(recipe.get("seed")), "parameters": 1000,
-    "steps": recipe["max_steps"], "train_seconds": 9.0, "step_seconds": 0.1 if method == "none" else 0.25,
+    "steps": recipe["max_steps"], "train_seconds": 9.0,
+    "step_seconds": wish.get("slow", 1) * (0.1 if method == "none" else 0.25),
     "peak_memory_MiB": 10.0, "gradient_shares": {} if method == "none" else {"kd": 0.5, "l1": 0.25},
     "curve": [[5, ap / 2], [10, ap]], "resumed_from": None, "validation": metrics, "test": metrics}
 teacher_metrics = {"map": wish.get("map", 0.5), "map_50": 0.6}

@@ -30,7 +30,7 @@ from hf_detrkd.commands.records import StepClock
 from hf_detrkd.methods import METHODS, configure
 from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
-from hf_detrkd.reporting.gains import compared_runs, line_styles
+from hf_detrkd.reporting.gains import compared_runs, line_styles, relative_time
 from hf_detrkd.reporting.page import markdown, number
 from hf_detrkd.reporting.summary import ROW, interval, overview, read_summaries, summarize
 
@@ -439,6 +439,25 @@ class TestSummary:
         write_summary(grid, output, lab.run(grid, "*/heavy/*"), **quiet)
         for name in ("grid.json", "grid.md", "summary.json"):
             assert (output / name).read_text() == (everything / name).read_text()
+
+    def test_a_slower_machine_goes_on_with_a_record(self, lab, tmp_path):
+        """A step's time is compared with the twin's on the same machine: recorded with recorded, what is run here with what is here."""
+        grid, output = lab.grid(), tmp_path / "docs"
+        quiet = {"say": lambda *_: None}
+        lab.run(grid, "bccd/small/none/*")
+        lab.run(grid, "bccd/small/heavy/*")
+        write_summary(grid, output, {}, **quiet)
+        shutil.rmtree(lab.folder / "runs")
+        lab.wish(bccd__small__none__seed5={"slow": 2}, bccd__small__logit_kd__seed5={"slow": 3})
+        write_summary(grid, output, lab.run(grid, "bccd/small/logit_kd/seed5"), **quiet)
+        detail = json.loads((output / "grid.json").read_text())
+        assert {row["method"]: (row["seeds"], row["time_ratio"]) for row in detail["rows"]} == {
+            "heavy": ([3, 5], 2.5),
+            "logit_kd": ([5], 3.75),
+        }
+        runs = [run for name, run in detail["runs"].items() if "/heavy/" in name]
+        assert len(runs) == 2 and relative_time(runs) == 2.5
+        assert relative_time([run for name, run in detail["runs"].items() if "/none/" in name]) == 1
 
     @pytest.mark.parametrize(
         ("change", "left_out", "reason"),

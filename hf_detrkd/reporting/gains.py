@@ -49,8 +49,10 @@ def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
     for (by_step, by_time), (name, methods) in zip(
         figure.subplots(len(panels), 2, squeeze=False), panels.items(), strict=True
     ):
+        seconds = [run["step_seconds"] for run in methods[TWIN] if run["step_seconds"]]
         for method, runs in methods.items():
-            _lines(by_step, by_time, runs, "twin" if method == TWIN else method, styles[method])
+            of_a_step = statistics.mean(seconds) * relative_time(runs) if seconds else None
+            _lines(by_step, by_time, runs, of_a_step, "twin" if method == TWIN else method, styles[method])
         by_step.set(title=f"{name}: AP, validation", xlabel="optimisation step")
         by_time.set(title="the same", xlabel="minutes of training steps")
         by_step.legend(fontsize="small")
@@ -125,8 +127,25 @@ def line_styles(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _lines(by_step: Axes, by_time: Axes, runs: list[Mapping[str, Any]], label: str, style: Mapping[str, Any]) -> None:
-    """The mean over the seeds, as far as all of them have been evaluated."""
+def relative_time(runs: list[Mapping[str, Any]]) -> float:
+    """A step's time as a multiple of the twin's on the same machine; 1 where it isn't known, as for the twin itself."""
+    known = [run for run in runs if run["step_seconds"] and run.get("twin_step_seconds")]
+    return statistics.mean(run["step_seconds"] / run["twin_step_seconds"] for run in known) if known else 1.0
+
+
+def _lines(
+    by_step: Axes,
+    by_time: Axes,
+    runs: list[Mapping[str, Any]],
+    seconds: float | None,
+    label: str,
+    style: Mapping[str, Any],
+) -> None:
+    """The mean over the seeds, as far as all of them have been evaluated.
+
+    Args:
+        seconds: of a step, for the panel of the time.
+    """
     # A run evaluates once an epoch or every so many steps, so the seeds agree in the steps
     curves = [dict(map(tuple, run["curve"])) for run in runs]
     steps = sorted(set.intersection(*map(set, curves)))
@@ -134,9 +153,8 @@ def _lines(by_step: Axes, by_time: Axes, runs: list[Mapping[str, Any]], label: s
         return
     points = [100 * statistics.mean(curve[step] for curve in curves) for step in steps]
     by_step.plot(steps, points, label=label, **style)
-    seconds = [run["step_seconds"] for run in runs if run["step_seconds"]]
     if seconds:
-        by_time.plot([step * statistics.mean(seconds) / 60 for step in steps], points, label=label, **style)
+        by_time.plot([step * seconds / 60 for step in steps], points, label=label, **style)
 
 
 def _groups(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

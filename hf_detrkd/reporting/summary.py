@@ -64,10 +64,14 @@ def summarize(
         teachers: by (data, pair).
 
     Returns:
-        ``rows`` of `gain_rows`; ``pairs`` and ``runs`` with what they are made of.
+        ``rows`` of `gain_rows`; ``pairs`` and ``runs`` with what they are made of, a run with its twin's ``twin_step_seconds``.
     """
     pairs = {f"{data}/{pair}": _pair(data, pair, runs, teacher) for (data, pair), teacher in teachers.items()}
     recorded = {"{}/{}/{}/seed{}".format(*key): _run(result) for key, result in runs.items()}
+    for name, run in recorded.items():
+        pair, method, seed = name.rsplit("/", 2)
+        if method != TWIN:  # the same twin may later be timed elsewhere, on a slower machine
+            run["twin_step_seconds"] = recorded.get(f"{pair}/{TWIN}/{seed}", {}).get("step_seconds")
     return {"grid": grid, "split": split, "rows": gain_rows(recorded, pairs), "pairs": pairs, "runs": recorded}
 
 
@@ -141,12 +145,13 @@ def _row(name: str, method: str, both: Mapping[int, tuple[Mapping, Mapping]], te
 def time_ratio(students: Sequence[Mapping], twins: Sequence[Mapping]) -> float | None:
     """How many times as long a training step of the student takes, as the mean over the seeds.
 
-    A longer twin's steps are no longer than the twin's, so what counts for it is all of its steps.
+    A longer twin's steps are no longer than the twin's, so what counts for it is all of its steps. A step is compared with the
+    twin's on the same machine.
     """
     ratios = [
-        a["step_seconds"] * a["steps"] / (b["step_seconds"] * b["steps"])
+        a["step_seconds"] * a["steps"] / (a["twin_step_seconds"] * b["steps"])
         for a, b in zip(students, twins, strict=True)
-        if a["step_seconds"] and b["step_seconds"]
+        if a["step_seconds"] and a["twin_step_seconds"]
     ]
     return statistics.mean(ratios) if ratios else None
 
