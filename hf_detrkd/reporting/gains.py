@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .curves import PALETTE, STYLES
-from .summary import TWIN
+from .summary import TWIN, step_ratio
 
 DPI = 80
 BLACK = "#000000"
@@ -49,10 +49,11 @@ def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
     for (by_step, by_time), (name, methods) in zip(
         figure.subplots(len(panels), 2, squeeze=False), panels.items(), strict=True
     ):
-        seconds = [run["step_seconds"] for run in methods[TWIN] if run["step_seconds"]]
+        twin = [run["step_seconds"] for run in methods[TWIN] if run["step_seconds"]]
         for method, runs in methods.items():
-            of_a_step = statistics.mean(seconds) * relative_time(runs) if seconds else None
-            _lines(by_step, by_time, runs, of_a_step, "twin" if method == TWIN else method, styles[method])
+            ratios = [1] if method == TWIN else [ratio for run in runs if (ratio := step_ratio(run))]
+            seconds = statistics.mean(twin) * statistics.mean(ratios) if twin and ratios else None
+            _lines(by_step, by_time, runs, seconds, "twin" if method == TWIN else method, styles[method])
         by_step.set(title=f"{name}: AP, validation", xlabel="optimisation step")
         by_time.set(title="the same", xlabel="minutes of training steps")
         by_step.legend(fontsize="small")
@@ -65,8 +66,8 @@ def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
 def compared_runs(summary: Mapping[str, Any]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
     """The runs of the twin and of the methods, by panel and method.
 
-    A panel has a pair's methods that ran with the same seeds, and the twin with these alone: seeds differ by more than methods
-    do, and a mean over some stands in no relation to a mean over others.
+    A panel has a pair's methods that ran with the same seeds, and the twin with these alone: means over different seeds can't be
+    compared.
     """
     panels: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name, rows in _groups(summary).items():
@@ -127,12 +128,6 @@ def line_styles(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def relative_time(runs: list[Mapping[str, Any]]) -> float:
-    """A step's time as a multiple of the twin's on the same machine; 1 where it isn't known, as for the twin itself."""
-    known = [run for run in runs if run["step_seconds"] and run.get("twin_step_seconds")]
-    return statistics.mean(run["step_seconds"] / run["twin_step_seconds"] for run in known) if known else 1.0
-
-
 def _lines(
     by_step: Axes,
     by_time: Axes,
@@ -141,11 +136,7 @@ def _lines(
     label: str,
     style: Mapping[str, Any],
 ) -> None:
-    """The mean over the seeds, as far as all of them have been evaluated.
-
-    Args:
-        seconds: of a step, for the panel of the time.
-    """
+    """The mean over the seeds, as far as all of them have been evaluated; ``seconds`` are those of a step."""
     # A run evaluates once an epoch or every so many steps, so the seeds agree in the steps
     curves = [dict(map(tuple, run["curve"])) for run in runs]
     steps = sorted(set.intersection(*map(set, curves)))

@@ -64,7 +64,7 @@ def summarize(
         teachers: by (data, pair).
 
     Returns:
-        ``rows`` of `gain_rows`; ``pairs`` and ``runs`` with what they are made of, a run with its twin's ``twin_step_seconds``.
+        ``rows`` of `gain_rows`; ``pairs`` and ``runs`` with what they are made of, a run with ``twin_step_seconds`` of its twin.
     """
     pairs = {f"{data}/{pair}": _pair(data, pair, runs, teacher) for (data, pair), teacher in teachers.items()}
     recorded = {"{}/{}/{}/seed{}".format(*key): _run(result) for key, result in runs.items()}
@@ -145,15 +145,17 @@ def _row(name: str, method: str, both: Mapping[int, tuple[Mapping, Mapping]], te
 def time_ratio(students: Sequence[Mapping], twins: Sequence[Mapping]) -> float | None:
     """How many times as long a training step of the student takes, as the mean over the seeds.
 
-    A longer twin's steps are no longer than the twin's, so what counts for it is all of its steps. A step is compared with the
-    twin's on the same machine.
+    A longer twin's steps are no longer than the twin's, so what counts for it is all of its steps.
     """
-    ratios = [
-        a["step_seconds"] * a["steps"] / (a["twin_step_seconds"] * b["steps"])
-        for a, b in zip(students, twins, strict=True)
-        if a["step_seconds"] and a["twin_step_seconds"]
-    ]
-    return statistics.mean(ratios) if ratios else None
+    ratios = [(step_ratio(a), a["steps"] / b["steps"]) for a, b in zip(students, twins, strict=True)]
+    known = [ratio * steps for ratio, steps in ratios if ratio is not None]
+    return statistics.mean(known) if known else None
+
+
+def step_ratio(run: Mapping) -> float | None:
+    """A step's time as a multiple of the twin's on the same machine; None where one of the two isn't known."""
+    seconds, twin = run["step_seconds"], run["twin_step_seconds"]
+    return seconds / twin if seconds and twin else None
 
 
 def _pair(data: str, pair: str, runs: Mapping, teacher: Result) -> dict[str, Any]:
