@@ -35,6 +35,7 @@ from hf_detrkd.reporting.page import markdown, number
 from hf_detrkd.reporting.summary import ROW, interval, overview, read_summaries, summarize
 
 ROOT = Path(__file__).parents[1]
+DRAWN = {"drawn": {"teacher": "runs/{data}/teacher{seed}", "model_name_or_path": "runs/start{seed}"}}
 
 
 @pytest.fixture
@@ -136,6 +137,17 @@ class TestGrid:
         assert names == ["bccd/small/teacher"] + [f"bccd/small/{m}/seed5" for m in ("none", "heavy", "longer_twin")]
         with pytest.raises(ValueError, match="fits no cell of grid"):
             lab.grid().selected("coco/*")
+
+    def test_a_teacher_and_a_start_for_every_seed(self, lab):
+        grid = lab.grid(pairs=DRAWN, data={"bccd": {}}, methods={"logit_kd": {}})
+        methods = ("teacher", "none", "logit_kd")
+        assert [cell.name for cell in grid.cells] == [f"bccd/drawn/{m}/seed{s}" for s in (3, 5) for m in methods]
+        for method in methods:
+            recipe = grid.cell("bccd", "drawn", method, 5).recipe
+            assert recipe["teacher_model_name_or_path"] == "runs/bccd/teacher5"
+            assert recipe["model_name_or_path"] == "runs/start5"
+        names = [cell.name for cell in grid.selected("bccd/drawn/logit_kd/seed5")]
+        assert names == [f"bccd/drawn/{method}/seed5" for method in methods]
 
     @pytest.mark.parametrize(
         "path", sorted((ROOT / "scripts" / "recipes" / "grids").glob("*.yaml")), ids=lambda p: p.stem
@@ -455,6 +467,35 @@ class TestSummary:
             "heavy": ([3, 5], 2.5),
             "logit_kd": ([5], 3.75),
         }
+
+    def test_a_teacher_for_every_seed(self, lab, tmp_path):
+        """The row has their mean, every seed is stopped by its own, and the record goes on seed by seed."""
+        sections = {"pairs": DRAWN, "data": {"bccd": {}}, "methods": {"logit_kd": {}, "heavy": {"method": "kd_detr"}}}
+        sections["seeds"] = [3, 5, 7]
+        poor = {"map": 0.05}
+        lab.wish(bccd__drawn__teacher__seed5={"map": 0.7}, bccd__drawn__teacher__seed7=poor)
+        grid, output = lab.grid(**sections), tmp_path / "docs"
+        outcomes = lab.run(grid, jobs=1)
+        assert "no better than the twin" in outcomes["bccd/drawn/heavy/seed7"]
+        assert outcomes["bccd/drawn/heavy/seed5"] == outcomes["bccd/drawn/none/seed7"] == "done"
+        write_summary(grid, output, outcomes, say=lambda *_: None)
+        recorded = json.loads((output / "grid.json").read_text())
+        # twins 13 and 15, students 23 and 25
+        found = {
+            row["method"]: [row[name] for name in ("teacher_map", "delta", "gap_closed")] for row in recorded["rows"]
+        }
+        assert found == {name: [60.0, 10.0, pytest.approx(100 * 10 / 46, abs=0.01)] for name in ("logit_kd", "heavy")}
+        assert [pair["teacher"]["metrics"]["map"] for pair in recorded["pairs"].values()] == [50.0, 70.0, 5.0]
+        page = " ".join((output / "grid.md").read_text().split())
+        assert "teacher `t` (seed 3; every seed has its own)" in page and "| teacher | 60.0 |" in page
+        # On another machine, the teacher of seed 5 is another: seed 3 goes on
+        shutil.rmtree(lab.folder / "runs")
+        lab.wish(bccd__drawn__teacher__seed5={"map": 0.8})
+        lab.run(grid, "bccd/drawn/teacher/*")
+        write_summary(grid, output, {}, say=lambda *_: None)
+        kept = json.loads((output / "grid.json").read_text())
+        assert {row["method"]: row["seeds"] for row in kept["rows"]} == {"logit_kd": [3], "heavy": [3]}
+        assert "seed5: to do; its record is left out: the teacher here" in (output / "grid.md").read_text()
 
     @pytest.mark.parametrize(
         ("change", "left_out", "reason"),

@@ -156,7 +156,7 @@ class Runner:
                 self.grid.steps_in_time(cell)
             except ValueError as error:
                 return str(error)
-        teacher = self.grid.cell(cell.data, cell.pair, TEACHER).read()["teacher"]["validation"]["map"]
+        teacher = self.grid.teacher_of(cell).read()["teacher"]["validation"]["map"]
         twins = [self.grid.cell(cell.data, cell.pair, TWIN, seed) for seed in self.grid.seeds]
         twin = statistics.mean(twin.read()["student"]["validation"]["map"] for twin in twins if twin.state() == "done")
         return no_better(teacher, twin)
@@ -233,7 +233,7 @@ def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=pri
     states = {cell.name: unfairness(grid, cell) or cell.state() for cell in grid.cells}
     done = [cell for cell in grid.cells if states[cell.name] == "done"]
     runs = {(c.data, c.pair, c.method, c.seed): c.read() for c in done if c.method != TEACHER}
-    teachers = {(c.data, c.pair): c.read() for c in done if c.method == TEACHER}
+    teachers = {(c.data, c.pair, c.seed): c.read() for c in done if c.method == TEACHER}
     file = output / f"{grid.name}.json"
     summary = summarize(grid.name, grid.split, runs, teachers)
     if file.is_file():

@@ -6,6 +6,7 @@ data:                      # by name, the flags of a data set
   bccd: {dataset_name: ../shared/data/bccd, image_size: 160}
 pairs:                     # by name, the teacher and the student's flags; "{data}" is the data set's name
   rt_detr: {teacher: "runs/{data}/teacher", config_name: student.json}
+  drawn: {teacher: "runs/teachers/seed{seed}", config_name: student.json}   # a teacher of its own for every seed
 methods:                   # by name, the fields of a method; the twin `none` is always there
   kd_detr: {kd_weight: 3}
   heavy: {method: kd_detr, kd_weight: 9}
@@ -47,7 +48,7 @@ class Cell:
     pair: str
     method: str
     seed: int | None
-    """None of the teacher."""
+    """None of a teacher that all seeds share."""
     recipe: Mapping[str, Any]
     """The flags of distill.py."""
     folder: Path
@@ -56,7 +57,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """data/pair/method/seed0, or data/pair/teacher."""
+        """data/pair/method/seed0, or data/pair/teacher (with a seed where every seed has its own)."""
         return "/".join([self.data, self.pair, self.method, *([] if self.seed is None else [f"seed{self.seed}"])])
 
     @property
@@ -106,6 +107,10 @@ class Grid:
         found = (c for c in self.cells if (c.data, c.pair, c.method, c.seed) == (data, pair, method, seed))
         return next(found, None)
 
+    def teacher_of(self, cell: Cell) -> Cell | None:
+        """The measurement of a cell's teacher, of its own seed where the pair has a teacher for each."""
+        return self.cell(cell.data, cell.pair, TEACHER, cell.seed) or self.cell(cell.data, cell.pair, TEACHER)
+
     def steps_in_time(self, cell: Cell) -> int:
         """The steps a longer twin has: as many as take the time of the distilled run of the same seed.
 
@@ -130,12 +135,11 @@ class Grid:
 
     def needs(self, cell: Cell) -> list[Cell]:
         """The cells that must be done before: of a twin its teacher, of the others the twin too."""
-        names = [(TEACHER, None)] if cell.method != TEACHER else []
-        if cell.method not in (TEACHER, TWIN):
-            names.append((TWIN, cell.seed))
-        if cell.time_of:
-            names.append((cell.time_of, cell.seed))
-        return [needed for name in names if (needed := self.cell(cell.data, cell.pair, *name)) is not None]
+        if cell.method == TEACHER:
+            return []
+        methods = [TWIN] * (cell.method != TWIN) + [cell.time_of] * (cell.time_of is not None)
+        others = [self.cell(cell.data, cell.pair, method, cell.seed) for method in methods]
+        return [needed for needed in (self.teacher_of(cell), *others) if needed is not None]
 
     def selected(self, pattern: str) -> list[Cell]:
         """The cells whose name fits a pattern, and what they need."""
@@ -187,7 +191,8 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
     for seed in content["seeds"]:
         for data, data_flags in content["data"].items():
             for pair, pair_flags in content["pairs"].items():
-                base = {**(content.get("common") or {}), **(data_flags or {}), **_named(pair_flags, data)}
+                base = {**(content.get("common") or {}), **(data_flags or {}), **_named(pair_flags, data, seed)}
+                drawn = "{seed}" in str(pair_flags)
                 folder = Path(runs) / path.stem / data / pair
                 group = [
                     _cell(folder, base, overrides, data, pair, method, seed, split, fields)
@@ -195,8 +200,8 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
                     if not _fits(content.get("skip") or [], f"{data}/{pair}/{method}")
                 ]
                 _check_alike(path, group)
-                if seed == content["seeds"][0] and group:
-                    cells.append(_teacher(folder, group[0]))
+                if group and (drawn or seed == content["seeds"][0]):
+                    cells.append(_teacher(folder, group[0], seed if drawn else None))
                 cells += group
     return Grid(path.stem, split, tuple(content["seeds"]), tuple(cells))
 
@@ -212,8 +217,11 @@ def _read_overrides(grid: Path, path: Path, to_be_tuned: bool) -> dict[str, Any]
     )
 
 
-def _named(flags: Mapping[str, Any], data: str) -> dict[str, Any]:
-    flags = {name: value.replace("{data}", data) if isinstance(value, str) else value for name, value in flags.items()}
+def _named(flags: Mapping[str, Any], data: str, seed: int) -> dict[str, Any]:
+    flags = {
+        name: value.replace("{data}", data).replace("{seed}", str(seed)) if isinstance(value, str) else value
+        for name, value in flags.items()
+    }
     if "teacher" not in flags:
         raise ValueError(f"A pair needs a `teacher`, a folder or a Hub id; it has {sorted(flags)}.")
     return {"teacher_model_name_or_path": flags.pop("teacher"), **flags}
@@ -242,12 +250,12 @@ def _cell(folder: Path, base, overrides, data, pair, method, seed, split, fields
     return Cell(data, pair, method, seed, recipe, folder, time_of)
 
 
-def _teacher(folder: Path, cell: Cell) -> Cell:
+def _teacher(folder: Path, cell: Cell, seed: int | None) -> Cell:
     """The measurement of the teacher, through the data and settings of the student's runs."""
-    folder = folder / TEACHER
+    folder = folder / TEACHER if seed is None else folder / TEACHER / f"seed{seed}"
     recipe = {name: value for name, value in cell.recipe.items() if name not in METHOD_FIELDS}
     recipe |= {"method": TWIN, "output_dir": str(folder), "only_teacher": True}
-    return Cell(cell.data, cell.pair, TEACHER, None, recipe, folder)
+    return Cell(cell.data, cell.pair, TEACHER, seed, recipe, folder)
 
 
 def _check_alike(path: Path, group: list[Cell]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import DistillationConfig
 from ..reporting.fairness import HARMLESS, METHOD_FIELDS
-from ..reporting.summary import TWIN, gain_rows
+from ..reporting.summary import TWIN, gain_rows, pair_name
 from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid
 
 REPRODUCED = ("initial_digest", "steps", "validation", "test")
@@ -32,7 +32,8 @@ def continue_record(grid: Grid, here: Mapping[str, Any], recorded: Mapping[str, 
     """
     runs, pairs, verdicts = {}, {}, {}
     for cell in grid.cells:
-        pair = f"{cell.data}/{cell.pair}"
+        teacher = grid.teacher_of(cell)
+        pair = pair_name(teacher.data, teacher.pair, teacher.seed)
         place, name, kept = ("pairs", pair, pairs) if cell.method == TEACHER else ("runs", cell.name, runs)
         if name in here[place]:
             kept[name] = here[place][name]
@@ -60,7 +61,7 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
             return f"{name} was {ran.get(name)!r} and is {value!r}"
     if now is not None and now["teacher"]["metrics"] != was["teacher"]["metrics"]:
         return "the teacher here has other numbers than the recorded one"
-    twin = f"{pair}/{TWIN}/seed{cell.seed}"
+    twin = f"{cell.data}/{cell.pair}/{TWIN}/seed{cell.seed}"
     if twin in here["runs"]:
         was, now = recorded["runs"].get(twin), here["runs"][twin]
         if was is None or any(was[name] != now[name] for name in REPRODUCED):

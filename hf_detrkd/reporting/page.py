@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from .summary import pair_of
 from .table import COLUMNS, text_table
 
 
@@ -83,18 +85,20 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Ma
         "step (for a longer twin: of all steps) as a multiple of the twin's; gap closed is the gain as a share of teacher - twin; "
         "KD share is distillation's part of the gradient norm, as a mean over the run.",
     ]
-    for name, pair in summary["pairs"].items():
+    for name in dict.fromkeys(f"{row['dataset']}/{row['pair']}" for row in summary["rows"]):
         rows = [row for row in summary["rows"] if f"{row['dataset']}/{row['pair']}" == name]
-        if not rows:
-            continue
-        data = pair["data"]["images"]
+        seeds = max((row["seeds"] for row in rows), key=len)
+        drawn = [pair_of(summary["pairs"], name, seed) for seed in seeds]
+        pair, data = drawn[0], drawn[0]["data"]["images"]
+        student = summary["runs"][f"{name}/{rows[0]['method']}/seed{rows[0]['seeds'][0]}"]
+        each = f" (seed {seeds[0]}; every seed has its own)" if f"{name}/seed{seeds[0]}" in summary["pairs"] else ""
         parts += [
             f"## {name}",
-            f"{rows[0]['family']} student of {pair['student_parameters'] / 1e6:.2f} M parameters, teacher "
-            f"`{pair['teacher']['name_or_path']}` of {pair['teacher']['parameters'] / 1e6:.2f} M; {data['train']} images to train, "
+            f"{rows[0]['family']} student of {student['parameters'] / 1e6:.2f} M parameters, teacher "
+            f"`{pair['teacher']['name_or_path']}`{each} of {pair['teacher']['parameters'] / 1e6:.2f} M; {data['train']} images to train, "
             f"{data['validation']} to validate, {data['test']} to test.",
             gain_table(rows),
-            _metric_table(rows, pair["teacher"]["metrics"]),
+            _metric_table(rows, _mean_metrics([one["teacher"]["metrics"] for one in drawn])),
             f"Gain by size and class:\n\n{_gains_table(rows)}",
         ]
     parts += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
@@ -111,6 +115,10 @@ def _not_done(unfinished: Mapping[str, str]) -> str:
         seeds[method, reason].append(seed)
     names = {key: f"{key[0]}/seed{', '.join(of)}" if any(of) else key[0] for key, of in seeds.items()}
     return "\n".join(f"- {names[key]}: {key[1]}" for key in seeds)
+
+
+def _mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.mean(one[name] for one in metrics) for name in metrics[0]}
 
 
 def _metric_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, float]) -> str:

@@ -53,7 +53,7 @@ def summarize(
     grid: str,
     split: str,
     runs: Mapping[tuple[str, str, str, int], Result],
-    teachers: Mapping[tuple[str, str], Result],
+    teachers: Mapping[tuple[str, str, int | None], Result],
 ) -> dict[str, Any]:
     """All that is reported of a grid.
 
@@ -61,12 +61,13 @@ def summarize(
         grid: its name.
         split: what the runs call ``test``: the test split, or the validation split in grids that choose settings.
         runs: by (data, pair, method, seed); those that are done.
-        teachers: by (data, pair).
+        teachers: by (data, pair, seed), with None for the seed where all seeds have the same.
 
     Returns:
-        ``rows`` of `gain_rows`; ``pairs`` and ``runs`` with what they are made of, a run with ``twin_step_seconds`` of its twin.
+        ``rows`` of `gain_rows`; ``pairs`` (`pair_name`) and ``runs`` with what they are made of, a run with
+        ``twin_step_seconds`` of its twin.
     """
-    pairs = {f"{data}/{pair}": _pair(data, pair, runs, teacher) for (data, pair), teacher in teachers.items()}
+    pairs = {pair_name(*key): _pair(teacher) for key, teacher in teachers.items()}
     recorded = {"{}/{}/{}/seed{}".format(*key): _run(result) for key, result in runs.items()}
     for name, run in recorded.items():
         pair, method, seed = name.rsplit("/", 2)
@@ -80,7 +81,7 @@ def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list
 
     Args:
         runs: by "data/pair/method/seed0".
-        pairs: by "data/pair".
+        pairs: by `pair_name`.
 
     Returns:
         `ROW` and, for each, ``delta_min``, ``delta_max`` and ``deltas`` over the seeds, ``delta_validation`` (the mean gain on
@@ -94,10 +95,22 @@ def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list
     rows = []
     for (pair, method), students in cells.items():
         twins = cells.get((pair, TWIN), {})
-        both = {seed: (student, twins[seed]) for seed, student in students.items() if seed in twins}
-        if method != TWIN and both and pair in pairs:
-            rows.append(_row(pair, method, both, pairs[pair]["teacher"]["metrics"]["map"]))
+        teachers = {seed: pair_of(pairs, pair, seed) for seed in students}
+        both = {seed: (student, twins[seed]) for seed, student in students.items() if seed in twins and teachers[seed]}
+        if method != TWIN and both:
+            taught = statistics.mean(teachers[seed]["teacher"]["metrics"]["map"] for seed in both)
+            rows.append(_row(pair, method, both, taught))
     return rows
+
+
+def pair_name(data: str, pair: str, seed: int | None) -> str:
+    """data/pair, and data/pair/seed0 where every seed has a teacher (or a start) of its own."""
+    return f"{data}/{pair}" if seed is None else f"{data}/{pair}/seed{seed}"
+
+
+def pair_of(pairs: Mapping[str, Mapping], pair: str, seed: int) -> Mapping | None:
+    """What is recorded of the teacher of "data/pair" and a seed."""
+    return pairs.get(f"{pair}/seed{seed}") or pairs.get(pair)
 
 
 def _row(name: str, method: str, both: Mapping[int, tuple[Mapping, Mapping]], teacher_map: float) -> dict[str, Any]:
@@ -158,8 +171,7 @@ def step_ratio(run: Mapping) -> float | None:
     return seconds / twin if seconds and twin else None
 
 
-def _pair(data: str, pair: str, runs: Mapping, teacher: Result) -> dict[str, Any]:
-    students = [run["student"] for key, run in runs.items() if key[:2] == (data, pair)]
+def _pair(teacher: Result) -> dict[str, Any]:
     metrics = {name: 100 * value for name, value in teacher["teacher"]["test"].items()}
     return {
         "teacher": {
@@ -167,7 +179,6 @@ def _pair(data: str, pair: str, runs: Mapping, teacher: Result) -> dict[str, Any
             "parameters": teacher["teacher"]["parameters"],
             "metrics": _rounded(metrics),
         },
-        "student_parameters": students[0]["parameters"] if students else None,
         "data": teacher["data"],
         "settings": teacher["settings"],
         "versions": teacher["versions"],
