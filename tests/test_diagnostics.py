@@ -111,7 +111,16 @@ def test_cells_of_a_grid(tmp_path, monkeypatch):
     assert cell["images"] == 3 and len(cell["matching_agreement"]["twin"]) == 2
     assert cell["gains"] == {"map": 10.0, "50": 20.0, "small": 10.0, "cell": 10.0}
     assert cell["gradient_shares"] == {"kd": 0.5, "l1": 0.25}
-    assert json.loads((tmp_path / "docs" / "grid_diagnostics.json").read_text())["cells"] == found
+    file = tmp_path / "docs" / "grid_diagnostics.json"
+    assert json.loads(file.read_text())["cells"] == found
     with Image.open(tmp_path / "docs" / "grid_diagnostics.png") as picture:
         assert picture.width > 800
     assert yaml.safe_load((tmp_path / "runs/grid/shapes/rt/logit_kd/seed3/recipe.yaml").read_text())["seed"] == 3
+
+    # What was measured elsewhere stays, if it is of this grid
+    elsewhere = {"shapes/rt/heavy/seed5": {**cell, "images": 7}, "shapes/rt/gone/seed3": cell}
+    file.write_text(json.dumps({"cells": elsewhere}))
+    assert diagnose_cells(grid, grid.cells, tmp_path / "docs", say=lambda *_: None) == {
+        **found,
+        "shapes/rt/heavy/seed5": elsewhere["shapes/rt/heavy/seed5"],
+    }

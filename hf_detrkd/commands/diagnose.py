@@ -5,6 +5,7 @@ python scripts/compare.py --config grid.yaml --diagnose "bccd/*/seed0"
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .setup import write_json
 def diagnose_cells(grid: Grid, cells: Sequence[Cell], output: Path, say=print) -> dict[str, Any]:
     """Diagnoses the finished cells of methods that stand beside a finished twin; writes <grid>_diagnostics.json and .png.
 
+    Cells of the grid that the file has already, measured earlier or elsewhere, stay in it.
+
     Returns:
         by name of the cell, what `diagnose` says of student and twin, the shares of the terms in the gradient norm, and
         the gains by size and class in AP points of the validation split.
@@ -48,7 +51,12 @@ def diagnose_cells(grid: Grid, cells: Sequence[Cell], output: Path, say=print) -
         measured = _measure(cell, twin)
         results[cell.name] = {**measured, "gradient_shares": student_row["gradient_shares"], "gains": gains}
     if results:
-        write_json({"cells": results}, output / f"{grid.name}_diagnostics.json")
+        file = output / f"{grid.name}_diagnostics.json"
+        recorded = json.loads(file.read_text())["cells"] if file.is_file() else {}
+        results = {
+            cell.name: found for cell in grid.cells if (found := results.get(cell.name, recorded.get(cell.name)))
+        }
+        write_json({"cells": results}, file)
         plot_diagnoses(results, output / f"{grid.name}_diagnostics.png")
         say(f"written to {output / grid.name}_diagnostics.json and .png")
     return results
