@@ -328,7 +328,11 @@ class TestSummary:
         assert interval([1.0]) == (None, None)
 
     def test_rows(self, lab, tmp_path):
-        lab.wish(bccd__small__heavy__seed3={"map": 0.3}, bccd__small__logit_kd__seed5={"fails": True})
+        lab.wish(
+            bccd__small__heavy__seed3={"map": 0.3},
+            bccd__small__logit_kd__seed5={"fails": True},
+            bccd__small__longer_twin__seed3={"map": 0.18},
+        )
         grid = lab.grid()
         outcomes = lab.run(grid)
         output = tmp_path / "docs"
@@ -362,8 +366,15 @@ class TestSummary:
         assert heavy["gains"]["map_cell"] == 15.0 and heavy["kd_share"] == 50.0 and heavy["deltas"] == [20.0, 10.0]
         longer = next(row for row in detail["rows"] if (row["dataset"], row["method"]) == ("bccd", "longer_twin"))
         assert longer["steps"] == 25 and longer["time_ratio"] == 2.5  # of all steps
+        # beside the longer twin, of 21 and 15: 12 and 10, with a standard deviation of the root of 2
+        ends = [heavy["delta_longer"], heavy["delta_longer_low"], heavy["delta_longer_high"]]
+        assert ends == pytest.approx([11, 11 - 12.7062, 11 + 12.7062], abs=0.01)
+        assert heavy["delta_longer_seeds"] == [3, 5]
+        assert "delta_longer" not in longer
         page = (output / "grid.md").read_text()
-        assert "| bccd/small/heavy |" in " ".join(page.split()) and "bccd/small/logit_kd/seed5: failed" in page
+        words = " ".join(page.split())
+        assert "over longer twin" in words and "| +11.0 (-1.7 to +23.7) |" in words and "| +2.0 (1 seed) |" in words
+        assert "| bccd/small/heavy |" in words and "bccd/small/logit_kd/seed5: failed" in page
         for name in ("grid_gains.png", "grid_progress.png"):
             with Image.open(output / name) as picture:
                 assert picture.width > 400

@@ -29,7 +29,7 @@ def number(name: str, value: Any) -> str:
 
 
 def gain_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per method: its gain over the twin, the interval, and what it costs."""
+    """A line per method: its gain over the twin, the interval, and what it costs; beside a longer twin what it gains over that."""
     titles = {
         **{"teacher_map": "teacher", "twin_map": "twin", "map": "AP", "delta": "gain"},
         **{
@@ -41,14 +41,27 @@ def gain_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "kd_share": "KD share",
         },
     }
-    header = ["", *list(titles.values())[:4], "95 % interval", "min to max", *list(titles.values())[4:]]
+    longer = ["over longer twin"] if any("delta_longer" in row for row in rows) else []
+    header = ["", *list(titles.values())[:4], "95 % interval", "min to max", *longer, *list(titles.values())[4:]]
     lines = []
     for row in rows:
         cells = [number(name, row[name]) for name in titles]
         low, high, least, most = (number(f"delta_{end}", row[f"delta_{end}"]) for end in ("low", "high", "min", "max"))
         spread = ["-" if row["delta_low"] is None else f"{low} to {high}", f"{least} to {most}"]
+        spread += [_over_longer_twin(row)] * len(longer)
         lines.append([f"{row['dataset']}/{row['pair']}/{row['method']}", *cells[:4], *spread, *cells[4:]])
     return text_table(header, lines, markdown=True)
+
+
+def _over_longer_twin(row: Mapping[str, Any]) -> str:
+    """The gain over it, and in brackets its interval; the number of seeds in the place of an interval, or where it isn't the row's."""
+    if "delta_longer" not in row:
+        return "-"
+    gain, low, high = (number("delta", row[f"delta_longer{end}"]) for end in ("", "_low", "_high"))
+    seeds = len(row["delta_longer_seeds"])
+    known = [f"{low} to {high}"] * (row["delta_longer_low"] is not None)
+    known += [f"{seeds} seed{'s' * (seeds > 1)}"] * (not known or seeds != len(row["seeds"]))
+    return f"{gain} ({', '.join(known)})"
 
 
 def method_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -81,7 +94,7 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Ma
         f"Written by `python scripts/compare.py --config scripts/recipes/grids/{summary['grid']}.yaml --summarize_only`. AP in "
         f"points, {summary['split']} split, means over the seeds. A gain is the mean of the differences between the distilled "
         "run and its twin of the same seed, with Student's t-interval, the smallest and the largest, and (on val) the mean on the "
-        "validation split; time is that of a training "
+        "validation split; over longer twin is the same beside the twin that had the time of its own line; time is that of a training "
         "step (for a longer twin: of all steps) as a multiple of the twin's; gap closed is the gain as a share of teacher - twin; "
         "KD share is distillation's part of the gradient norm, as a mean over the run.",
     ]

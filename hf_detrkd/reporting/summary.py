@@ -86,7 +86,8 @@ def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list
     Returns:
         `ROW` and, for each, ``delta_min``, ``delta_max`` and ``deltas`` over the seeds, ``delta_validation`` (the mean gain on
         the validation split), ``gap_closed`` (% of teacher - twin), ``metrics`` (means), ``gains`` (means, for every metric,
-        size and class), ``kd_share`` (of the gradient norm), ``peak_memory_MiB``.
+        size and class), ``kd_share`` (of the gradient norm), ``peak_memory_MiB``; where the pair has a longer twin,
+        ``delta_longer`` with its interval and seeds: the same beside that one.
     """
     cells: dict[tuple[str, str], dict[int, Mapping]] = {}
     for name, run in runs.items():
@@ -99,8 +100,28 @@ def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list
         both = {seed: (student, twins[seed]) for seed, student in students.items() if seed in twins and teachers[seed]}
         if method != TWIN and both:
             taught = statistics.mean(teachers[seed]["teacher"]["metrics"]["map"] for seed in both)
-            rows.append(_row(pair, method, both, taught))
+            rows.append(_row(pair, method, both, taught) | _over_longer_twin(students, _longer_twin(cells, pair)))
     return rows
+
+
+def _longer_twin(cells: Mapping[tuple[str, str], Mapping[int, Mapping]], pair: str) -> Mapping[int, Mapping]:
+    """By seed, the runs of a pair that had no teacher either and aren't the twins; empty where there are none."""
+    longer = (
+        runs
+        for (of, method), runs in cells.items()
+        if of == pair and method != TWIN and all(run["method"] == TWIN for run in runs.values())
+    )
+    return next(longer, {})
+
+
+def _over_longer_twin(students: Mapping[int, Mapping], longer: Mapping[int, Mapping]) -> dict[str, Any]:
+    seeds = [seed for seed in students if seed in longer]
+    if not seeds or students is longer:
+        return {}
+    deltas = [100 * (students[seed]["test"]["map"] - longer[seed]["test"]["map"]) for seed in seeds]
+    low, high = interval(deltas)
+    ends = {"delta_longer_low": low, "delta_longer_high": high}
+    return _rounded({"delta_longer": statistics.mean(deltas), **ends, "delta_longer_seeds": seeds})
 
 
 def pair_name(data: str, pair: str, seed: int | None) -> str:
