@@ -645,9 +645,9 @@ class TestEmbedding:
             ("h", "there is no grid or run 'h'"),
             ("one student AP", "no 'AP' of 'student'"),
             ("one twin map", "no 'map' of 'twin'"),
-            ("g d/p/* delta", "2 lines fit"),
-            ("g d/p/a AP", "1 lines fit"),
-            ("g x", "0 lines"),
+            ("g d/p/* delta", "2 lines of g fit"),
+            ("g d/p/a AP", "the line has no 'AP'; it has "),
+            ("g x", "0 lines of g fit"),
         ],
     )
     def test_what_is_not_there(self, mark, message):

@@ -51,8 +51,10 @@ def embed(text: str, summaries: Mapping[str, Mapping[str, Any]], runs: Mapping[s
             return f"{start}\n{gain_table(rows)}\n{end}"
         if name == "methods" and rows:
             return f"{start}\n{method_table(rows)}\n{end}"
-        if len(rows) != 1 or name not in rows[0]:
-            raise ValueError(f"{start}: {len(rows)} lines fit, of {sorted(summaries[grid]['rows'][0])}; one is needed.")
+        if len(rows) != 1:
+            raise ValueError(f"{start}: {len(rows)} lines of {grid} fit; one is needed.")
+        if name not in rows[0]:
+            raise ValueError(f"{start}: the line has no {name!r}; it has {sorted(rows[0])}.")
         return f"{start}{number(name, rows[0][name])}{end}"
 
     return MARKS.sub(fresh, text)
