@@ -105,7 +105,8 @@ def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list
 
 
 def _longer_twin(cells: Mapping[tuple[str, str], Mapping[int, Mapping]], pair: str) -> Mapping[int, Mapping]:
-    """By seed, the runs of a pair that had no teacher either and aren't the twins; empty where there are none."""
+    """By seed, the runs of a pair that had no teacher either and aren't the twins: the first such method's; empty where there is
+    none."""
     longer = (
         runs
         for (of, method), runs in cells.items()
