@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import zoo
 from PIL import Image
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
+from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
+from hf_detrkd.commands.evaluate import EvaluateArguments
 from hf_detrkd.reporting import live, report
 from hf_detrkd.reporting.live import WriteReport
-from hf_detrkd.reporting.report import duration, write_report
+from hf_detrkd.reporting.report import WHICH_DATA, commands, duration, write_report
 from hf_detrkd.reporting.run import read_run
 
 NASTY = '<script>alert("&")</script>'
@@ -132,6 +136,24 @@ def test_a_finished_run(tmp_path):
         "Scale of distillation",
         "Gradient norm",
     ]
+
+
+def test_the_commands_measure_on_the_same_images(tmp_path):
+    """`--split` takes a part, and the flags say which split that was."""
+    folder = save(tmp_path / "run")
+    assert {field.name: field.default for field in fields(DataArguments)}.items() >= {
+        **WHICH_DATA,
+        "dataset_name": "shapes",
+    }.items()
+    results = json.loads((folder / "results.json").read_text())
+    flags = DataArguments(dataset_name="cells", bbox_format="xyxy", classes=["cat", "tram"], flip=0.0)
+    flags.dataset_validation_split, flags.dataset_test_split = "train", "night"
+    results["settings"]["DataArguments"], results["data"]["test_split"] = vars(flags), "night"
+    (folder / "results.json").write_text(json.dumps(results))
+    (words,) = [shlex.split(line) for title, line in commands(read_run(folder)) if title == "Measure it again"]
+    assert words[:2] == ["hf-detrkd", "evaluate"]
+    _, data, how = parse((ModelArguments, DataArguments, EvaluateArguments), words[2:], "")
+    assert vars(data) == vars(flags) | {"flip": data.flip} and how.split == "test"
 
 
 def test_it_stands_alone(tmp_path):

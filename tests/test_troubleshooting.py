@@ -129,7 +129,7 @@ DATA: list[Trouble] = [
     lambda patch: load_detection_dataset("./nowhere"),
     lambda patch: empty_folder(),
     lambda patch: other_columns(),
-    lambda patch: setup.load_data(DataArguments(dataset_name=tiny_data(), dataset_train_split="training"), seed=0),
+    lambda patch: setup.load_data(DataArguments(dataset_name=tiny_data(), dataset_train_split="labelled"), seed=0),
     lambda patch: keep_classes(load_detection_dataset(tiny_data()), ["cow"]),
     lambda patch: broken_inside(),
 ]

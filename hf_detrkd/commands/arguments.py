@@ -114,12 +114,16 @@ class DataArguments(DatasetArguments):
     """Which images and boxes."""
 
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_validation_split: str = field(default="validation", metadata={"help": "Split that chooses the best step."})
+    dataset_validation_split: str = field(
+        default="validation",
+        metadata={"help": "Split that chooses the best step; the training split's name: a share of that is held out."},
+    )
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split for the final numbers; the validation split where there is none."}
     )
     train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training split used for validation where there is no such split."}
+        default=0.15,
+        metadata={"help": "Share of the training split held out for validation where there is no such split."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})

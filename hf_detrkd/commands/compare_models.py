@@ -39,9 +39,8 @@ from ..reporting.table import cost_table
 from .arguments import DataArguments, parse
 from .places import places, read_run
 from .records import versions
-from .setup import load_data, write_json
+from .setup import check_part, load_part, write_json
 
-SPLITS = ("train", "validation", "test")
 DRAWN_CLASSES = 24
 """The most frequent ones have a place in the pictures; the tables have all."""
 
@@ -88,14 +87,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         (data_arguments, arguments) = parse((DataArguments, CompareModelsArguments), words, __doc__, defaults=known)
     where = places(arguments.run, arguments.models or [])
     baseline, candidate = check(arguments, list(where))
-    data = load_data(data_arguments, seed=42)
-    dataset: DetectionDataset = getattr(data, arguments.split)
+    dataset, split = load_part(arguments.split, data_arguments)
     if not any(objects_by_class(dataset).values()):
-        raise ValueError(f"The split {arguments.split} of {data_arguments.dataset_name} has no object: there is no AP.")
+        raise ValueError(f"The split {split} of {data_arguments.dataset_name} has no object: there is no AP.")
     header = {
         "command": shlex.join(["hf-detrkd", "compare-models", *words]),
         "dataset": data_arguments.dataset_name,
-        "split": data.test_split if arguments.split == "test" else arguments.split,
+        "split": split,
         "baseline": baseline,
         "candidate": candidate,
         "threshold": arguments.threshold,
@@ -106,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def check(arguments: CompareModelsArguments, names: list[str]) -> tuple[str, str]:
     """Refuses flags that make no sense; returns the names of baseline and candidate."""
-    if arguments.split not in SPLITS:
-        raise ValueError(f"--split is {arguments.split!r}; allowed are {', '.join(SPLITS)}.")
+    check_part(arguments.split)
     if len(names) < 2:
         raise ValueError(
             f"A comparison needs two models or more, and there are {names}. Name them with --models NAME=PLACE NAME=PLACE, or a "

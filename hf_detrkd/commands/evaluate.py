@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import DetectionDataset
 from ..detectors import load_detector
 from ..evaluation.detector import evaluate_detector
 from ..reporting.table import class_table, comparison_table
 from .arguments import DataArguments, ModelArguments, parse
 from .records import versions
-from .setup import build_image_processor, load_data, write_json
+from .setup import build_image_processor, check_part, load_part, write_json
 
 
 @dataclass
@@ -34,24 +33,24 @@ class EvaluateArguments:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command. Returns what it writes to ``--output``."""
     model_arguments, data_arguments, extra = parse((ModelArguments, DataArguments, EvaluateArguments), argv, __doc__)
-    if extra.split not in ("train", "validation", "test"):
-        raise ValueError(f"--split is {extra.split!r}; allowed are train, validation, test.")
+    check_part(extra.split)
     if model_arguments.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the detector to measure.")
-    data = load_data(data_arguments, seed=42, cache_dir=model_arguments.cache_dir, token=model_arguments.token)
+    dataset, split = load_part(
+        extra.split, data_arguments, cache_dir=model_arguments.cache_dir, token=model_arguments.token
+    )
     model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
-    dataset = DetectionDataset(getattr(data, extra.split).split)
     metrics = evaluate_detector(
         model, processor, dataset, batch_size=extra.batch_size, num_workers=extra.num_workers, backend=extra.backend
     )
-    print(f"\nCOCO AP on {extra.split} ({len(dataset)} images), in points")
+    print(f"\nCOCO AP on {split} ({len(dataset)} images), in points")
     print(comparison_table({model.name_or_path: metrics}))
     print(class_table(metrics))
     results = {
         "model": model.name_or_path,
         "dataset": data_arguments.dataset_name,
-        "split": extra.split,
+        "split": split,
         "images": len(dataset),
         "metrics": metrics,
         "versions": versions(),

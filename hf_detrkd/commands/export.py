@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import DetectionDataset
 from ..detectors import load_detector
 from ..evaluation.agreement import measure, torch_detector
 from ..evaluation.cost import environment
 from ..export import OnnxDetector, export_onnx
 from ..reporting.table import comparison_table
 from .arguments import DataArguments, ModelArguments, parse
-from .setup import build_image_processor, load_data, write_json
+from .setup import build_image_processor, check_part, load_part, write_json
 
 UNMATCHED = 0.01
 """Share of detections that may lack a partner: queries selected at nearly equal scores may be others."""
@@ -54,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_arguments, data_arguments, extra = parse((ModelArguments, DataArguments, ExportArguments), argv, __doc__)
     if model_arguments.model_name_or_path is None or extra.output_dir is None:
         raise ValueError("--model_name_or_path and --output_dir are needed.")
-    if extra.split not in ("train", "validation", "test"):
-        raise ValueError(f"--split is {extra.split!r}; allowed are train, validation, test.")
+    check_part(extra.split)
     model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
     output = Path(extra.output_dir)
@@ -77,15 +75,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     print(f"written to {output}: model.onnx ({results['MiB']} MiB), onnx.json, config and image processor")
     if extra.check:
-        data = load_data(data_arguments, seed=42, cache_dir=model_arguments.cache_dir, token=model_arguments.token)
-        dataset = DetectionDataset(getattr(data, extra.split).split)
+        dataset, split = load_part(
+            extra.split, data_arguments, cache_dir=model_arguments.cache_dir, token=model_arguments.token
+        )
         detectors = {"pytorch": torch_detector(model, onnx.processor), "onnx": onnx}
         metrics, difference = measure(detectors, model, onnx.processor, dataset, extra.batch_size)
-        results |= {"dataset": data_arguments.dataset_name, "split": extra.split, "images": len(dataset)}
+        results |= {"dataset": data_arguments.dataset_name, "split": split, "images": len(dataset)}
         results |= {"metrics": metrics, "difference": asdict(difference)}
         problems = differences(metrics, asdict(difference), extra.max_difference)
         results["problems"] = problems
-        print(f"\nCOCO AP on {extra.split} ({len(dataset)} images), in points\n{comparison_table(metrics)}")
+        print(f"\nCOCO AP on {split} ({len(dataset)} images), in points\n{comparison_table(metrics)}")
         print(
             f"\n{difference.detections} detections compared: {difference.unmatched} without a partner, largest difference "
             f"of scores {difference.score:.1e}, of corners {difference.box:.1e} of the image's side"

@@ -27,8 +27,11 @@ from ..data import (
     load_detection_dataset,
     split_off_validation,
 )
+from ..data.schema import split_name
 from ..students import from_config
 from .arguments import DataArguments, ModelArguments
+
+PARTS = ("train", "validation", "test")
 
 SPLIT_SEED = 0
 """The validation split must not change with the seed of a run."""
@@ -53,6 +56,32 @@ def load_data(
     token: str | None = None,
 ) -> Data:
     """Load, check and split a data set; what the checks found is said. `augment` adds the augmentation."""
+    parts, names = _load_parts(PARTS, arguments, say, cache_dir, token)
+    return Data(
+        train=DetectionDataset(parts["train"], seed=seed),
+        validation=DetectionDataset(parts["validation"]),
+        test=DetectionDataset(parts["test"]),
+        test_split=names["test"],
+    )
+
+
+def check_part(part: str) -> None:
+    """Refuses a ``--split`` that is none of the three."""
+    if part not in PARTS:
+        raise ValueError(f"--split is {part!r}; allowed are {', '.join(PARTS)}.")
+
+
+def load_part(
+    part: str, arguments: DataArguments, say=print, cache_dir: str | None = None, token: str | None = None
+) -> tuple[DetectionDataset, str]:
+    """Train, validation or test, to measure on, and the name of its split: for the test it may be the validation
+    split's. The data set need not have the others."""
+    parts, names = _load_parts((part,), arguments, say, cache_dir, token)
+    return DetectionDataset(parts[part]), names[part]
+
+
+def _load_parts(wanted, arguments: DataArguments, say, cache_dir, token) -> tuple[dict, dict[str, str]]:
+    """By part, the checked rows and the name of the split."""
     splits = load_detection_dataset(
         arguments.dataset_name,
         config_name=arguments.dataset_config_name,
@@ -63,35 +92,57 @@ def load_data(
     )
     if arguments.classes:
         splits = keep_classes(splits, arguments.classes)
-    train, validation, test = (
-        arguments.dataset_train_split,
-        arguments.dataset_validation_split,
-        arguments.dataset_test_split,
-    )
-    if train not in splits:
-        raise ValueError(
-            f"{arguments.dataset_name} has no split {train!r}; it has {list(splits)}. Name one with --dataset_train_split."
-        )
-    if validation not in splits:
-        say(f"no split {validation!r}: {arguments.train_val_split:.0%} of {train!r} become the validation split")
-        splits = split_off_validation(splits, arguments.train_val_split, seed=SPLIT_SEED)
-        validation = "validation"
-    if test not in splits:
-        say(f"no split {test!r}: the final numbers are those of {validation!r}")
-        test = validation
-    limits = {train: arguments.max_train_samples}
-    limits |= {name: arguments.max_eval_samples for name in (validation, test) if name != train}
+    splits, names = choose_splits(splits, arguments, wanted, say)
+    limits = {names[part]: arguments.max_eval_samples for part in reversed(wanted)}
+    if "train" in wanted:
+        limits[names["train"]] = arguments.max_train_samples
     used = {
-        name: splits[name].select(range(min(limits[name] or len(splits[name]), len(splits[name])))) for name in limits
+        name: splits[name].select(range(min(limit or len(splits[name]), len(splits[name]))))
+        for name, limit in limits.items()
     }
     checked, report = check_dataset(datasets.DatasetDict(used), strict=arguments.strict)
     say(str(report))
-    return Data(
-        train=DetectionDataset(checked[train], seed=seed),
-        validation=DetectionDataset(checked[validation]),
-        test=DetectionDataset(checked[test]),
-        test_split=test,
+    return {part: checked[names[part]] for part in wanted}, names
+
+
+def choose_splits(
+    splits: datasets.DatasetDict, arguments: DataArguments, wanted=PARTS, say=print
+) -> tuple[datasets.DatasetDict, dict[str, str]]:
+    """The splits to use, and which of them is each of the ``wanted`` parts.
+
+    A share of train is held out for validation where the flags name the training split for it, or where there is no
+    split `validation` and they name no other. Without a split `test` the validation split's numbers are the final ones.
+    `val`, `valid`, `train2017` and so on are the splits' usual names too. Any other name that the data set doesn't have
+    is refused.
+    """
+    train, validation, test = (
+        name if name in splits else split_name(name)  # loading gave the splits their usual names
+        for name in (arguments.dataset_train_split, arguments.dataset_validation_split, arguments.dataset_test_split)
     )
+    no_test = test == "test" and test not in splits
+    if no_test:
+        test = validation
+    hold_out = validation == train or (validation == "validation" and validation not in splits)
+    if hold_out:
+        held_out = "held_out" if "validation" in splits else "validation"
+        validation, test = held_out, held_out if test == validation else test
+    names = {part: name for part, name in zip(PARTS, (train, validation, test), strict=True) if part in wanted}
+    if hold_out and not {train, held_out}.isdisjoint(names.values()):
+        _require(splits, "train", train, arguments.dataset_name)
+        say(f"no validation split: {arguments.train_val_split:.0%} of {train!r} are held out for it")
+        splits = split_off_validation(splits, arguments.train_val_split, SPLIT_SEED, train, held_out)
+    for part, name in names.items():
+        _require(splits, part, name, arguments.dataset_name)
+    if no_test and "test" in wanted:
+        say(f"no split 'test': the final numbers are those of {test!r}")
+    return splits, names
+
+
+def _require(splits: datasets.DatasetDict, part: str, name: str, dataset: str) -> None:
+    if name not in splits:
+        raise ValueError(
+            f"{dataset} has no split {name!r}; it has {list(splits)}. Name one with --dataset_{part}_split."
+        )
 
 
 def augment(data: Data, arguments: DataArguments, *processors: BaseImageProcessor | None) -> None:

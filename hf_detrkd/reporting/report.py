@@ -33,6 +33,19 @@ NAME = "report.html"
 TEMPLATE = "report_template.html"
 REFRESH = 30
 """Seconds after which the page of an unfinished run is read again."""
+WHICH_DATA = {
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "dataset_format": "auto",
+    "bbox_format": None,
+    "classes": None,
+    "dataset_train_split": "train",
+    "dataset_validation_split": "validation",
+    "dataset_test_split": "test",
+    "train_val_split": 0.15,
+    "max_eval_samples": None,
+}
+"""The flags that say which images a model was measured on, and what they are where they are not given."""
 SHEETS = 4
 """Of the sheets drawn during training so many are shown, the last among them; while a run goes on only that one."""
 SHEET_WIDTH = 1600
@@ -184,7 +197,7 @@ def costs(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def commands(run: Run) -> list[tuple[str, str]]:
     """What one does next: a title, and the command."""
-    folder, data = run.folder.as_posix(), setting(run.results, "DataArguments", "dataset_name")
+    folder = run.folder.as_posix()
     if not run.finished:
         script = "finetune" if run.role == "model" else "distill"
         return [
@@ -192,11 +205,10 @@ def commands(run: Run) -> list[tuple[str, str]]:
             ("Go on, where it was stopped", f"hf-detrkd {script} ... --resume_from_checkpoint true"),
         ]
     model = ["--model_name_or_path", folder]
-    dataset = ["--dataset_name", data] if data else []
-    split = ["--split", run.results.get("data", {}).get("test_split", "test")]
+    dataset = data_flags(run)
     words = {
         "Detect in your images": ["predict", *model, "--input", "images/", "--output_dir", f"{folder}/predictions"],
-        "Measure it again": ["evaluate", *model, *dataset, *split],
+        "Measure it again": ["evaluate", *model, *dataset, "--split", "test"],
         "Export it to ONNX, and check that": ["export", *model, "--output_dir", f"{folder}/onnx", *dataset],
     }
     repository = setting(run.results, "DistillationConfig", "hub_model_id") or f"USER/{run.folder.absolute().name}"
@@ -204,6 +216,16 @@ def commands(run: Run) -> list[tuple[str, str]]:
         *((title, shlex.join(["hf-detrkd", *its])) for title, its in words.items()),
         ("Publish it", upload_command(folder, repository)),
     ]
+
+
+def data_flags(run: Run) -> list[str]:
+    """The words that have a command measure on the images that the run did."""
+    words = []
+    for name, default in WHICH_DATA.items():
+        value = setting(run.results, "DataArguments", name)
+        if value is not None and value != default:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
 
 
 # -- what is drawn -----------------------------------------------------------------------------------------------------

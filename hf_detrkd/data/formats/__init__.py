@@ -104,26 +104,30 @@ def detect_format(folder: Path) -> str:
 
 
 def split_off_validation(
-    splits: datasets.DatasetDict, train_val_split: float = 0.15, seed: int = 0
+    splits: datasets.DatasetDict,
+    train_val_split: float = 0.15,
+    seed: int = 0,
+    train: str = "train",
+    validation: str = "validation",
 ) -> datasets.DatasetDict:
     """The splits with a validation split: their own, or a share of train, always the same one for a seed.
 
     ``train_val_split``: the share of train in (0, 1) that is split off; 0.15 is the default of transformers'
-    run_object_detection.py.
+    run_object_detection.py. ``train`` and ``validation``: the names of the two splits.
     """
-    if "validation" in splits:
+    if validation in splits:
         return splits
-    if "train" not in splits:
+    if train not in splits:
         raise ValueError(
-            f"The data set has the splits {list(splits)}: there is no train to split a validation set off."
+            f"The data set has the splits {list(splits)}: there is no {train} to split a validation set off."
         )
-    if not 0 < train_val_split < 1 or len(splits["train"]) < 2:
+    if not 0 < train_val_split < 1 or len(splits[train]) < 2:
         raise ValueError(
-            f"`train_val_split` is {train_val_split} and train has {len(splits['train'])} images: a share between 0 "
+            f"`train_val_split` is {train_val_split} and {train} has {len(splits[train])} images: a share between 0 "
             "and 1 of at least two images is needed. Give the data set a validation split."
         )
-    parts = splits["train"].train_test_split(train_val_split, seed=seed)
-    return datasets.DatasetDict({**splits, "train": parts["train"], "validation": parts["test"]})
+    parts = splits[train].train_test_split(train_val_split, seed=seed)
+    return datasets.DatasetDict({**splits, train: parts["train"], validation: parts["test"]})
 
 
 def _check_choice(argument: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,0 +1,99 @@
+"""Which split of a data set is trained on, which chooses, and which is measured last."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+
+from hf_detrkd.commands.arguments import DataArguments
+from hf_detrkd.commands.setup import choose_splits, load_data, load_part
+from tests import tiny_datasets
+
+
+def rows(*names: str) -> datasets.DatasetDict:
+    """Splits of 20 rows each that say where they come from."""
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"row": [f"{name} {index}" for index in range(20)]}) for name in names}
+    )
+
+
+def flags(**splits: str) -> DataArguments:
+    return DataArguments(dataset_name="DATA", **{f"dataset_{part}_split": name for part, name in splits.items()})
+
+
+def chosen(splits, arguments, wanted=("train", "validation", "test"), say=lambda text: None) -> dict[str, list[str]]:
+    """By part, its rows."""
+    splits, names = choose_splits(splits, arguments, wanted, say)
+    assert list(names) == list(wanted)
+    return {part: splits[name]["row"][:] for part, name in names.items()}
+
+
+ALL = ("train", "validation", "test")
+
+
+def test_splits_under_their_usual_names_and_others():
+    splits = rows("train", "validation", "test", "night")
+    assert chosen(splits, flags()) == {name: splits[name]["row"][:] for name in ALL}
+    assert chosen(splits, flags(test="night"))["test"] == splits["night"]["row"][:]
+    assert chosen(splits, flags(train="train2017", validation="val", test="testing")) == chosen(splits, flags())
+
+
+@pytest.mark.parametrize("own", [(), ("test",)])
+def test_without_a_validation_split_a_share_of_train_is_held_out(own):
+    said = []
+    parts = chosen(rows("train", *own), flags(), say=said.append)
+    assert (len(parts["train"]), len(parts["validation"])) == (17, 3)
+    assert sorted(parts["train"] + parts["validation"]) == sorted(rows("train")["train"]["row"])
+    assert said[0] == "no validation split: 15% of 'train' are held out for it"
+    if own:
+        assert parts["test"] == rows("test")["test"]["row"][:] and len(said) == 1
+    else:
+        assert parts["test"] == parts["validation"] and said[1:] == [
+            "no split 'test': the final numbers are those of 'validation'"
+        ]
+
+
+def test_the_folders_validation_split_as_the_test_split():
+    """It must not choose the checkpoint too: a share of train does, and is not trained on."""
+    splits = rows("train", "validation")
+    parts = chosen(splits, flags(validation="train", test="validation"))
+    assert parts["test"] == splits["validation"]["row"][:]
+    assert len(parts["validation"]) == 3 and all(row.startswith("train") for row in parts["validation"])
+    assert len(parts["train"]) == 17 and not set(parts["train"]) & set(parts["validation"])
+    both = chosen(splits, flags(validation="train", test="train"))  # tuning measures on the validation split alone
+    assert both["test"] == both["validation"] == parts["validation"]
+    other = chosen(rows("labelled"), flags(train="labelled"))
+    assert (len(other["train"]), len(other["validation"])) == (17, 3)
+
+
+@pytest.mark.parametrize("part", ALL)
+def test_a_name_that_is_not_there_is_refused(part):
+    """A misspelt one would train, choose or measure on something else."""
+    with pytest.raises(
+        ValueError, match=rf"DATA has no split 'tets'; it has \['train', 'validation'\].*--dataset_{part}_split"
+    ):
+        chosen(rows("train", "validation"), flags(**{part: "tets"}))
+
+
+def test_one_part_needs_no_other():
+    splits = rows("test", "night")
+    assert chosen(splits, flags(), ["test"]) == {"test": splits["test"]["row"][:]}
+    assert chosen(splits, flags(test="night"), ["test"]) == {"test": splits["night"]["row"][:]}
+    with pytest.raises(ValueError, match=r"no split 'train'; it has \['test', 'night'\]"):
+        chosen(splits, flags(), ["validation"])
+    assert len(chosen(rows("train"), flags(), ["train"])["train"]) == 17
+
+
+def test_loaded_from_a_folder(tmp_path, capsys):
+    folder = str(tiny_datasets.write_coco(tmp_path / "set"))
+    arguments = DataArguments(
+        dataset_name=folder, dataset_validation_split="train", dataset_test_split="validation", train_val_split=0.2
+    )
+    data = load_data(arguments, seed=0)
+    whole = load_data(DataArguments(dataset_name=folder, max_train_samples=2), seed=0)
+    assert data.test_split == "validation" and whole.test_split == "validation"
+    assert data.test.split["image_id"][:] == whole.validation.split["image_id"][:] == whole.test.split["image_id"][:]
+    assert len(data.train) + len(data.validation) == 3 and len(whole.train) == 2
+    test, name = load_part("test", arguments)
+    assert name == "validation" and test.split["image_id"][:] == data.test.split["image_id"][:]
+    assert load_part("train", DataArguments(dataset_name=folder, max_eval_samples=1))[0].split.num_rows == 3
