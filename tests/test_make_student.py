@@ -10,13 +10,15 @@ import torch
 import zoo
 from safetensors.torch import save_file
 from scenes import processor
-from transformers import AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from hf_detrkd.backbones import find_backbone
+from hf_detrkd.commands import distill
 from hf_detrkd.commands import make_student as command
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments
 from hf_detrkd.commands.distill import DistillArguments, prepare
 from hf_detrkd.config import DistillationConfig
+from hf_detrkd.detectors import load_detector
 from hf_detrkd.evaluation.cost import flops, latencies, p95
 from hf_detrkd.families import FAMILIES
 from hf_detrkd.families.architecture import ARCHITECTURES
@@ -274,6 +276,45 @@ def test_student_and_twin_of_distill(tmp_path, monkeypatch):
     alone.teacher_model_name_or_path, alone.method = None, ["none"]
     with pytest.raises(ValueError, match="--teacher_model_name_or_path is needed"):
         prepare(ModelArguments(), data, extra, alone, say=lambda *_: None)
+
+
+def test_the_teachers_processor_comes_from_where_the_teacher_does(tmp_path, monkeypatch):
+    """The same commit, by the same token: a private teacher's couldn't be read, another commit's may be another size."""
+    monkeypatch.setenv("HF_DETRKD_CACHE", str(tmp_path / "cache"))
+    teacher = saved(tmp_path / "teacher")
+    asked = []
+
+    def recorded(load):
+        def ask(place, **options):
+            asked.append((place, {name: value for name, value in options.items() if name != "dtype"}))
+            return load(teacher if place == "org/teacher" else place)
+
+        return ask
+
+    monkeypatch.setattr(distill, "load_detector", recorded(load_detector))
+    monkeypatch.setattr(distill.AutoImageProcessor, "from_pretrained", recorded(AutoImageProcessor.from_pretrained))
+    args = DistillationConfig(
+        output_dir=str(tmp_path / "run"),
+        teacher_model_name_or_path="org/teacher",
+        teacher_model_revision="v2",
+        teacher_model_init_kwargs={"attn_implementation": "eager"},
+        use_cpu=True,
+        report_to=[],
+    )
+    private = ModelArguments(token="hf_read", cache_dir=str(tmp_path / "models"), image_size=2 * zoo.SIZE)
+    data = DataArguments(dataset_name=f"shapes:train=4,validation=2,test=2,size={zoo.SIZE}")
+    run = prepare(private, data, DistillArguments(student_decoder_layers=2), args, say=lambda *_: None)
+    place = {"token": "hf_read", "cache_dir": str(tmp_path / "models")}
+    assert asked == [
+        ("org/teacher", {**place, "revision": "v2", "attn_implementation": "eager"}),
+        ("org/teacher", {**place, "revision": "v2"}),
+    ]
+    assert run.processor.size["height"] == 2 * zoo.SIZE and run.teacher_processor.size["height"] == zoo.SIZE
+
+    asked.clear()
+    elsewhere = DistillArguments(student_decoder_layers=2, teacher_image_processor_name=teacher)
+    prepare(private, data, elsewhere, args, say=lambda *_: None)
+    assert asked[1] == (teacher, place)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

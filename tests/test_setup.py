@@ -1,10 +1,13 @@
-"""Which split of a data set is trained on, which chooses, and which is measured last."""
+"""Which split of a data set is trained on, which chooses, and which is measured last; and what a run records of itself."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import datasets
 import pytest
 
+from hf_detrkd.commands import records
 from hf_detrkd.commands.arguments import DataArguments
 from hf_detrkd.commands.setup import choose_splits, load_data, load_part
 from tests import tiny_datasets
@@ -97,3 +100,12 @@ def test_loaded_from_a_folder(tmp_path, capsys):
     test, name = load_part("test", arguments)
     assert name == "validation" and test.split["image_id"][:] == data.test.split["image_id"][:]
     assert load_part("train", DataArguments(dataset_name=folder, max_eval_samples=1))[0].split.num_rows == 3
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_in_the_units_of_the_system(monkeypatch, platform, unit):
+    """getrusage counts KiB on Linux, bytes on macOS."""
+    monkeypatch.setattr(records.sys, "platform", platform)
+    monkeypatch.setattr(records.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20 // unit))
+    assert records.peak_memory() == 3

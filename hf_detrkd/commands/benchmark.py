@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from ..losses.detection import task_loss
 from ..methods import METHODS, build_methods
 from ..model import DistillationModel
 from ..view import DetrView, Queries
-from . import latency
+from . import latency, records
 from .setup import write_json
 
 MODELS = Path(__file__).parents[2] / "scripts" / "recipes" / "models"
@@ -252,11 +251,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         model(**batch, teacher_view=look, generator=torch.Generator())["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-    return [{"method": "+".join(arguments.method), "peak_memory_MiB": peak}]
+    return [{"method": "+".join(arguments.method), "peak_memory_MiB": records.peak_memory()}]
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------

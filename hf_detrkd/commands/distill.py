@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +112,22 @@ def prepare(
         data = load_data(data_arguments, args.seed, say, model_arguments.cache_dir, model_arguments.token)
     teacher = teacher_processor = None
     teacher_path = args.teacher_model_name_or_path
+    processor_place = extra.teacher_image_processor_name or teacher_path
     if teacher_path is not None:
-        options = dict(
-            args.teacher_model_init_kwargs or {}, cache_dir=model_arguments.cache_dir, token=model_arguments.token
-        )
+        place = {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
+        options = (args.teacher_model_init_kwargs or {}) | place
         if args.teacher_model_revision is not None:
             options["revision"] = args.teacher_model_revision
         teacher = load_detector(teacher_path, **options)
-        teacher_processor = AutoImageProcessor.from_pretrained(extra.teacher_image_processor_name or teacher_path)
+        if processor_place == teacher_path:
+            place |= {name: options[name] for name in ("revision", "subfolder", "trust_remote_code") if name in options}
+        teacher_processor = AutoImageProcessor.from_pretrained(processor_place, **place)
     elif args.method != ["none"]:
         raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
 
     made = extra.keywords()
     if made:
         _check_made(model_arguments, extra, teacher)
-        # The student sees what its teacher sees, unless flags say otherwise
-        processor_place = model_arguments.image_processor_name or extra.teacher_image_processor_name or teacher_path
-        model_arguments = replace(model_arguments, image_processor_name=processor_place)
 
     def build() -> PreTrainedModel:
         set_seed(args.seed)  # student and twin start from the same weights
@@ -142,7 +141,9 @@ def prepare(
         return model
 
     student = build()
-    processor = build_image_processor(model_arguments, student)
+    # A student made from its teacher sees what that sees, unless flags say otherwise
+    seen = copy.deepcopy(teacher_processor) if made and model_arguments.image_processor_name is None else None
+    processor = build_image_processor(model_arguments, student, seen)
     augment(data, data_arguments, processor, teacher_processor)
     return Prepared(data, teacher, teacher_processor, student, processor, build)
 

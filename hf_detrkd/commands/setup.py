@@ -186,12 +186,15 @@ def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -
     return model
 
 
-def build_image_processor(arguments: ModelArguments, model: PreTrainedModel) -> BaseImageProcessor:
-    """The image processor beside the checkpoint; for a model from a config the one of its family."""
+def build_image_processor(
+    arguments: ModelArguments, model: PreTrainedModel, processor: BaseImageProcessor | None = None
+) -> BaseImageProcessor:
+    """``processor``, or else the image processor beside the checkpoint, or for a model from a config the one of its
+    family; with the size and normalisation that the flags say."""
     place = arguments.image_processor_name or arguments.model_name_or_path
-    if place is not None:
+    if processor is None and place is not None:
         processor = AutoImageProcessor.from_pretrained(place, **arguments.hub())
-    else:
+    elif processor is None:
         processor = family_image_processor(model)
     if arguments.image_size is not None:
         processor.size = {"height": arguments.image_size, "width": arguments.image_size}
