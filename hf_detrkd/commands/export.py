@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if model_arguments.model_name_or_path is None or extra.output_dir is None:
         raise ValueError("--model_name_or_path and --output_dir are needed.")
     check_part(extra.split)
+    if extra.check:  # before the export, which takes minutes: a wrong folder shows now
+        dataset, split = load_part(
+            extra.split, data_arguments, cache_dir=model_arguments.cache_dir, token=model_arguments.token
+        )
     model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
     output = Path(extra.output_dir)
@@ -75,9 +79,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     print(f"written to {output}: model.onnx ({results['MiB']} MiB), onnx.json, config and image processor")
     if extra.check:
-        dataset, split = load_part(
-            extra.split, data_arguments, cache_dir=model_arguments.cache_dir, token=model_arguments.token
-        )
         detectors = {"pytorch": torch_detector(model, onnx.processor), "onnx": onnx}
         metrics, difference = measure(detectors, model, onnx.processor, dataset, extra.batch_size)
         results |= {"dataset": data_arguments.dataset_name, "split": split, "images": len(dataset)}
