@@ -47,7 +47,7 @@ def test_without_a_validation_split_a_share_of_train_is_held_out(own):
     parts = chosen(rows("train", *own), flags(), say=said.append)
     assert (len(parts["train"]), len(parts["validation"])) == (17, 3)
     assert sorted(parts["train"] + parts["validation"]) == sorted(rows("train")["train"]["row"])
-    assert said[0] == "no validation split: 15% of 'train' are held out for it"
+    assert said[0] == "15% of 'train' are held out for validation"
     if own:
         assert parts["test"] == rows("test")["test"]["row"][:] and len(said) == 1
     else:
@@ -94,7 +94,8 @@ def test_loaded_from_a_folder(tmp_path, capsys):
     )
     data = load_data(arguments, seed=0)
     whole = load_data(DataArguments(dataset_name=folder, max_train_samples=2), seed=0)
-    assert data.test_split == "validation" and whole.test_split == "validation"
+    assert (data.validation_split, data.test_split) == ("held_out", "validation")
+    assert (whole.validation_split, whole.test_split) == ("validation", "validation")
     assert data.test.split["image_id"][:] == whole.validation.split["image_id"][:] == whole.test.split["image_id"][:]
     assert len(data.train) + len(data.validation) == 3 and len(whole.train) == 2
     test, name = load_part("test", arguments)

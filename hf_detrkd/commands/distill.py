@@ -180,7 +180,7 @@ def distill(
     if teacher is not None:
         results["teacher"] = teacher_row(run, args, measure=extra.evaluate_teacher or extra.only_teacher)
         results["teacher"] |= origin(teacher.name_or_path, args.teacher_model_revision, model_arguments.cache_dir)
-        for split, metrics in (("validation", "validation"), (data.test_split, "test")):
+        for split, metrics in ((data.validation_split, "validation"), (data.test_split, "test")):
             if results["teacher"][metrics]:
                 say(f"teacher on {split}: AP {100 * results['teacher'][metrics]['map']:.1f}")
         if results["teacher"]["validation"]:

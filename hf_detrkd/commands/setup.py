@@ -44,6 +44,8 @@ class Data:
     train: DetectionDataset
     validation: DetectionDataset
     test: DetectionDataset
+    validation_split: str
+    """The name of the split in ``validation``: ``held_out`` where a share of train is, and the test is called `validation`."""
     test_split: str
     """The name of the split in ``test``: the validation split where the data set has no test split."""
 
@@ -61,6 +63,7 @@ def load_data(
         train=DetectionDataset(parts["train"], seed=seed),
         validation=DetectionDataset(parts["validation"]),
         test=DetectionDataset(parts["test"]),
+        validation_split=names["validation"],
         test_split=names["test"],
     )
 
@@ -129,7 +132,7 @@ def choose_splits(
     names = {part: name for part, name in zip(PARTS, (train, validation, test), strict=True) if part in wanted}
     if hold_out and not {train, held_out}.isdisjoint(names.values()):
         _require(splits, "train", train, arguments.dataset_name)
-        say(f"no validation split: {arguments.train_val_split:.0%} of {train!r} are held out for it")
+        say(f"{arguments.train_val_split:.0%} of {train!r} are held out for validation")
         splits = split_off_validation(splits, arguments.train_val_split, SPLIT_SEED, train, held_out)
     for part, name in names.items():
         _require(splits, part, name, arguments.dataset_name)
