@@ -195,6 +195,15 @@ class TestSheet:
         assert not shows(tmp_path / "sheet.png", "missed", (1 / 3, 2 / 3))
         assert shows(tmp_path / "sheet.png", "missed", (2 / 3, 1))
 
+    @pytest.mark.parametrize("number", [1, 2, 3])
+    def test_nothing_is_cut_at_the_edges(self, tmp_path, number):
+        """Titles of sheets with few images were."""
+        example = row([(TestOutcomes.first, 0.9, 0)])
+        draw_sheet([example] * number, tmp_path / "sheet.png", class_names={0: "cat"})
+        with Image.open(tmp_path / "sheet.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert all((edge > 250).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+
     def test_nothing_to_draw_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="A sheet needs images and models; it got 0 images"):
             draw_sheet([], tmp_path / "sheet.png", class_names={})
