@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import datasets
@@ -65,6 +66,8 @@ def test_the_folders_validation_split_as_the_test_split():
     assert len(parts["train"]) == 17 and not set(parts["train"]) & set(parts["validation"])
     both = chosen(splits, flags(validation="train", test="train"))  # tuning measures on the validation split alone
     assert both["test"] == both["validation"] == parts["validation"]
+    taken = chosen(rows("train", "validation", "held_out"), flags(validation="train", test="validation"))
+    assert taken == parts  # a split that is called so by chance is another
     other = chosen(rows("labelled"), flags(train="labelled"))
     assert (len(other["train"]), len(other["validation"])) == (17, 3)
 
@@ -103,10 +106,16 @@ def test_loaded_from_a_folder(tmp_path, capsys):
     assert load_part("train", DataArguments(dataset_name=folder, max_eval_samples=1))[0].split.num_rows == 3
 
 
-@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1), ("win32", 1)])
 def test_peak_memory_in_the_units_of_the_system(monkeypatch, platform, unit):
-    """getrusage counts KiB on Linux, bytes on macOS."""
+    """getrusage counts KiB on Linux, bytes on macOS; Windows has none."""
     monkeypatch.setattr(records.sys, "platform", platform)
     monkeypatch.setattr(records.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20 // unit))
+    value = 3 * 2**20 // unit
+    if platform == "win32":
+        monkeypatch.setitem(sys.modules, "resource", None)
+        process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=value))
+        monkeypatch.setattr(records.psutil, "Process", lambda: process)
+    else:
+        monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=value))
     assert records.peak_memory() == 3

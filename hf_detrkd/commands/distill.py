@@ -112,16 +112,16 @@ def prepare(
         data = load_data(data_arguments, args.seed, say, model_arguments.cache_dir, model_arguments.token)
     teacher = teacher_processor = None
     teacher_path = args.teacher_model_name_or_path
-    processor_place = extra.teacher_image_processor_name or teacher_path
     if teacher_path is not None:
-        place = {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
-        options = (args.teacher_model_init_kwargs or {}) | place
+        hub = {"cache_dir": model_arguments.cache_dir, "token": model_arguments.token}
+        options = (args.teacher_model_init_kwargs or {}) | hub
         if args.teacher_model_revision is not None:
             options["revision"] = args.teacher_model_revision
         teacher = load_detector(teacher_path, **options)
+        processor_place = extra.teacher_image_processor_name or teacher_path
         if processor_place == teacher_path:
-            place |= {name: options[name] for name in ("revision", "subfolder", "trust_remote_code") if name in options}
-        teacher_processor = AutoImageProcessor.from_pretrained(processor_place, **place)
+            hub |= {name: options[name] for name in ("revision", "subfolder", "trust_remote_code") if name in options}
+        teacher_processor = AutoImageProcessor.from_pretrained(processor_place, **hub)
     elif args.method != ["none"]:
         raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
 

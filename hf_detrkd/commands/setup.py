@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def load_part(
     return DetectionDataset(parts[part]), names[part]
 
 
-def _load_parts(wanted, arguments: DataArguments, say, cache_dir, token) -> tuple[dict, dict[str, str]]:
+def _load_parts(
+    wanted: Sequence[str], arguments: DataArguments, say, cache_dir: str | None, token: str | None
+) -> tuple[dict[str, datasets.Dataset], dict[str, str]]:
     """By part, the checked rows and the name of the split."""
     splits = load_detection_dataset(
         arguments.dataset_name,
@@ -96,7 +99,7 @@ def _load_parts(wanted, arguments: DataArguments, say, cache_dir, token) -> tupl
     if arguments.classes:
         splits = keep_classes(splits, arguments.classes)
     splits, names = choose_splits(splits, arguments, wanted, say)
-    limits = {names[part]: arguments.max_eval_samples for part in reversed(wanted)}
+    limits = {names[part]: arguments.max_eval_samples for part in wanted}
     if "train" in wanted:
         limits[names["train"]] = arguments.max_train_samples
     used = {
@@ -109,7 +112,7 @@ def _load_parts(wanted, arguments: DataArguments, say, cache_dir, token) -> tupl
 
 
 def choose_splits(
-    splits: datasets.DatasetDict, arguments: DataArguments, wanted=PARTS, say=print
+    splits: datasets.DatasetDict, arguments: DataArguments, wanted: Sequence[str] = PARTS, say=print
 ) -> tuple[datasets.DatasetDict, dict[str, str]]:
     """The splits to use, and which of them is each of the ``wanted`` parts.
 
@@ -128,6 +131,8 @@ def choose_splits(
     hold_out = validation == train or (validation == "validation" and validation not in splits)
     if hold_out:
         held_out = "held_out" if "validation" in splits else "validation"
+        while held_out in splits:  # somebody's own
+            held_out += "_of_train"
         validation, test = held_out, held_out if test == validation else test
     names = {part: name for part, name in zip(PARTS, (train, validation, test), strict=True) if part in wanted}
     if hold_out and not {train, held_out}.isdisjoint(names.values()):

@@ -186,9 +186,8 @@ def draw_sheet(
     handles = [Line2D([], [], color=kind.color, linestyle=kind.style, lw=2, label=kind.label) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), facecolor="#dddddd")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(
-        path, dpi=DPI, bbox_inches="tight", pad_inches=0.05
-    )  # constrained layout alone cuts titles of few rows
+    # Constrained layout alone cuts the titles of few rows
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
 
 
 @dataclass(frozen=True)
