@@ -102,7 +102,8 @@ def test_off_there_is_nothing_to_call(tmp_path, off):
 def test_the_twin_has_a_column_of_its_own(tmp_path):
     trainer(tmp_path, method="none", sheet_steps=4).train()
     with Image.open(tmp_path / "sheets" / "step_4.png") as picture:
-        assert picture.width == 2 * 432  # ground truth and student
+        # Two columns, ground truth and student, and a legend that may be wider
+        assert 2 * 432 <= picture.width < 2.5 * 432
 
 
 def test_only_process_zero_draws(tmp_path, monkeypatch):
