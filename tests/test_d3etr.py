@@ -205,13 +205,17 @@ def test_other_grids():
     """Levels go to the nearest grid with the attention they have; levels that get none are not compared."""
     rows = torch.zeros(1, 1, 16 + 4)
     rows[0, 0, 5], rows[0, 0, 16] = 0.75, 0.25
-    same, columns = to_grid(rows, ((4, 4), (2, 2)), ((4, 4), (2, 2)))
+
+    def real(*shapes):
+        return [torch.ones(1, *shape, dtype=torch.bool) for shape in shapes]
+
+    same, columns = to_grid(rows, real((4, 4), (2, 2)), real((4, 4), (2, 2)))
     assert same is rows and columns is None
-    one, columns = to_grid(rows, ((4, 4), (2, 2)), ((2, 2),))
+    one, columns = to_grid(rows, real((4, 4), (2, 2)), real((2, 2)))
     assert columns is None
     assert one.sum().item() == pytest.approx(1.0)
     assert one[0, 0, 0] == one.max() and one[0, 0, 0] > 0.6
-    more, columns = to_grid(rows[..., :16], ((4, 4),), ((8, 8), (4, 4), (2, 2)))
+    more, columns = to_grid(rows[..., :16], real((4, 4)), real((8, 8), (4, 4), (2, 2)))
     assert columns.tolist() == [False] * 64 + [True] * 16 + [False] * 4
     assert torch.equal(more[..., columns], rows[..., :16])
     assert not more[..., ~columns].any()

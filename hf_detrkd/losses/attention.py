@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
+from ..grids import frames_differ, on_grid
 from ..matching import Match
 from ..view import AttentionMaps, DetrView
 from .reduction import weighted_mean
@@ -95,30 +95,34 @@ def attention_mask(
     return mass / mass.amax(-1, keepdim=True).clamp(min=floor)
 
 
-def to_grid(rows: Tensor, shapes: Shapes, wanted: Shapes) -> tuple[Tensor, Tensor | None]:
+def to_grid(
+    rows: Tensor, masks: Sequence[Tensor], wanted: Sequence[Tensor], padded: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """A map on the levels of another memory, and (S,) which of its cells it says something about (None: all).
 
     Each level goes, resized and with the attention it has, to the level of the nearest number of cells, as
     `MapProjector` pairs them. Levels of the other memory that get none aren't compared.
 
     Args:
-        rows: (B, Q, S) on ``shapes``, without gradient.
-        shapes: of the levels of ``rows``.
+        rows: (B, Q, S), without gradient.
+        masks: (B, h, w) of the levels of ``rows``, True = real.
         wanted: of the other memory.
+        padded: images lie otherwise in the two memories, see `on_grid`.
     """
-    if tuple(shapes) == tuple(wanted):
+    shapes, sizes = [mask.shape[1:] for mask in masks], [mask.shape[1:] for mask in wanted]
+    if shapes == sizes and not padded:
         return rows, None
-    onto = [rows.new_zeros(*rows.shape[:2], height * width) for height, width in wanted]
+    onto = [rows.new_zeros(*rows.shape[:2], height * width) for height, width in sizes]
     covered = [False] * len(wanted)
-    for level, (height, width) in zip(rows.split([h * w for h, w in shapes], -1), shapes, strict=True):
-        nearest = min(range(len(wanted)), key=lambda i: abs(math.log(math.prod(wanted[i]) / (height * width))))
+    for level, mask, (height, width) in zip(rows.split([h * w for h, w in shapes], -1), masks, shapes, strict=True):
+        nearest = min(range(len(wanted)), key=lambda i: abs(math.log(math.prod(sizes[i]) / (height * width))))
         # Antialiased: on a coarser grid, plain bilinear weights would leave out the cells between
-        moved = interpolate(
-            level.unflatten(-1, (height, width)), size=wanted[nearest], mode="bilinear", antialias=True
+        moved = on_grid(
+            level.unflatten(-1, (height, width)), mask, wanted[nearest], padded=padded, mode="bilinear", antialias=True
         ).flatten(2)
         scale = level.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
         onto[nearest], covered[nearest] = onto[nearest] + scale * moved, True
-    cells = [rows.new_full((h * w,), float(got)).bool() for (h, w), got in zip(wanted, covered, strict=True)]
+    cells = [rows.new_full((h * w,), float(got)).bool() for (h, w), got in zip(sizes, covered, strict=True)]
     return torch.cat(onto, -1), None if all(covered) else torch.cat(cells)
 
 
@@ -180,7 +184,7 @@ def on_memory_of(student: DetrView, teacher: DetrView, teacher_layer: int) -> tu
     rows = attention_map(teacher.cross_attentions, teacher_layer, teacher.memory_shapes)
     if teacher.memory_mask is not None:
         rows = rows * teacher.memory_mask[:, None]
-    rows, columns = to_grid(rows, teacher.memory_shapes, student.memory_shapes)
+    rows, columns = to_grid(rows, teacher.memory_masks(), student.memory_masks(), frames_differ(student, teacher))
     columns = None if columns is None else columns[None, None]
     if student.memory_mask is not None:
         real = student.memory_mask[:, None]

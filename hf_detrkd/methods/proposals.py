@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from ..grids import frames_differ, on_grid
 from ..losses.boxes import giou, l1
 from ..losses.logits import focal_kl
 from ..view import DetrView
@@ -75,21 +75,16 @@ def on_grid_of(student: DetrView, teacher: DetrView) -> tuple[Tensor, Tensor, Te
     """The teacher's proposals at the student's tokens: (B, S, K) logits, (B, S, 4) boxes and (B, S) whether valid."""
     proposals = teacher.proposals
     everything = torch.cat([proposals.logits, proposals.boxes, proposals.valid[..., None].float()], -1).detach()
-    if student.memory_shapes != teacher.memory_shapes:
+    padded = frames_differ(student, teacher)
+    if padded or student.memory_shapes != teacher.memory_shapes:
         sizes = [height * width for height, width in teacher.memory_shapes]
-        levels = [
-            level.mT.unflatten(-1, shape)
-            for level, shape in zip(everything.split(sizes, dim=1), teacher.memory_shapes, strict=True)
-        ]
-        everything = torch.cat(
-            [
-                interpolate(min(levels, key=lambda x: abs(x.shape[-1] / width - 1)), shape, mode="nearest")
-                .flatten(2)
-                .mT
-                for shape in student.memory_shapes
-                for width in shape[1:]
-            ],
-            dim=1,
-        )
+        masks = teacher.memory_masks()
+        levels = [x.mT.unflatten(-1, m.shape[1:]) for x, m in zip(everything.split(sizes, dim=1), masks, strict=True)]
+        onto = []
+        for mask in student.memory_masks():
+            nearest = min(range(len(levels)), key=lambda i: abs(levels[i].shape[-1] / mask.shape[-1] - 1))
+            moved = on_grid(levels[nearest], masks[nearest], mask, padded=padded, mode="nearest")
+            onto.append(moved.flatten(2).mT)
+        everything = torch.cat(onto, dim=1)
     logits, boxes, valid = everything.split([everything.shape[-1] - 5, 4, 1], dim=-1)
     return logits, boxes, valid[..., 0] > 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..families import FamilyAdapter
+from ..grids import frames_differ, on_grid
 from ..losses.reduction import mean_over_processes
 from ..view import DetrView
 
@@ -29,7 +30,7 @@ class PairedMaps:
 
 
 class MapProjector(nn.Module):
-    """The student's maps in the teacher's terms: a 1x1 convolution, then resized to the teacher's grid.
+    """The student's maps in the teacher's terms: a 1x1 convolution, then resized to the teacher's grid, image onto image.
 
     - ``tap="memory"``: the maps that the decoder reads. One convolution for all levels, because the decoder too reads
       all of them by one projection. Every level of the teacher goes with the student's level of the nearest grid.
@@ -71,13 +72,10 @@ class MapProjector(nn.Module):
             masks = [_resized_mask(student, x.shape[-2:]) for x in own]
             of_others = [_resized_mask(teacher, x.shape[-2:]) for x in others]
             convolutions = self.levels
-        pairs = []
+        padded, pairs = frames_differ(student, teacher), []
         for x, mask, target, its_mask, convolution in zip(own, masks, others, of_others, convolutions, strict=True):
-            size = target.shape[-2:]
-            x = convolution(_of_type(x, convolution))
-            if x.shape[-2:] != size:
-                x = interpolate(x, size=size, mode="bilinear", align_corners=False)
-            mask = interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0] > 0
+            x = on_grid(convolution(_of_type(x, convolution)), mask, its_mask, padded=padded, mode="bilinear")
+            mask = on_grid(mask[:, None].float(), mask, its_mask, padded=padded, mode="nearest")[:, 0] > 0
             pairs.append(PairedMaps(x, target.detach(), mask & its_mask))
         return tuple(pairs)
 
