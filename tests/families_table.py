@@ -23,6 +23,7 @@ CAPABILITIES = {
     "sampled_attentions": "weights and places of the sampling points of deformable attention",
     "padding": "pixel masks are read, and views have a mask of their memory",
     "proposals": "class and box at every token of the memory, among which the queries are selected",
+    "quality_scores": "training makes a score the IoU of the box (varifocal loss and its kin)",
     "edge_distributions": "boxes are the expectation of distributions of their edges",
 }
 """What methods can ask of an adapter (`FamilyAdapter.provides`), in the order of the table."""

@@ -51,10 +51,21 @@ def corners(box):
     return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
 
 
-def generalized_iou(a, b):
+def overlap(a, b):
+    """Intersection and union."""
     (al, at, ar, ab), (bl, bt, br, bb) = corners(a), corners(b)
     intersection = max(0, min(ar, br) - max(al, bl)) * max(0, min(ab, bb) - max(at, bt))
-    union = (ar - al) * (ab - at) + (br - bl) * (bb - bt) - intersection
+    return intersection, (ar - al) * (ab - at) + (br - bl) * (bb - bt) - intersection
+
+
+def iou(a, b):
+    intersection, union = overlap(a, b)
+    return intersection / union
+
+
+def generalized_iou(a, b):
+    (al, at, ar, ab), (bl, bt, br, bb) = corners(a), corners(b)
+    intersection, union = overlap(a, b)
     hull = (max(ar, br) - min(al, bl)) * (max(ab, bb) - min(at, bt))
     return intersection / union - (hull - union) / hull
 
@@ -110,7 +121,7 @@ def cheapest_pairs(cost):
     return min(choices, key=lambda pairs: sum(cost[r][c] for r, c in pairs))
 
 
-def set_loss(logits, boxes, kind, pairs, targets):
+def set_loss(logits, boxes, kind, pairs, targets, quality=False):
     """The detection loss of lists of images; ``pairs`` has per image {query: target}."""
     number = max(1, sum(len(image["class_labels"]) for image in targets))
     classes = l1_sum = giou_sum = weights = 0.0
@@ -121,6 +132,13 @@ def set_loss(logits, boxes, kind, pairs, targets):
                 weight = 0.1 if label is None else 1.0
                 classes -= weight * math.log(softmax(z)[-1 if label is None else label])
                 weights += weight
+            elif quality:
+                for c, x in enumerate(z):
+                    p, fits = sigmoid(x), 0.0
+                    if c == label:
+                        fits = iou(image_boxes[query], image["boxes"][chosen[query]])
+                    weight = fits if c == label else 0.75 * p**2
+                    classes -= weight * (fits * math.log(p) + (1 - fits) * math.log(1 - p))
             else:
                 for c, x in enumerate(z):
                     p = sigmoid(x) if c == label else 1 - sigmoid(x)

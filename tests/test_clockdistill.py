@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -228,10 +229,16 @@ def test_stages_have_their_own_confidence():
 # ------------------------------------------------------------------------------------------------------------- queries
 
 
-@pytest.mark.parametrize("content", ["denoising", "random"])
-@pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith(("lw_", "rf_"))])
+OF_THE_IMAGE = [(n, "denoising") for n in ("detr", "table-transformer")]
+OF_THE_IMAGE += [(n, c) for n in FAMILIES if n.startswith(("lw_", "rf_")) for c in ("denoising", "random")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(n, c) for n in FAMILIES for c in ("denoising", "random") if (n, c) not in OF_THE_IMAGE],
+)
 def test_queries_are_the_same_in_every_image(name, content):
-    """Of class and box alone; only LW-DETR lends its content from proposals of the image."""
+    """Of class and box alone; LW-DETR lends its content from proposals of the image, and DETR places from its boxes."""
     method, student, teacher = a_pair(name, name, {"content": content})
     batch = zoo.batch(targets=(2,))
     batch["labels"][1] = batch["labels"][0]
@@ -265,11 +272,13 @@ def test_tables_are_frozen_and_not_the_students(name):
 
 
 def test_content():
-    """The teacher's denoising embedding: the student's own, or through a linear map, or none where content is zeros."""
+    """By default each model's own. The teacher's denoising embedding: the student's own, or through a linear map, or none
+    where content is zeros."""
     batch = zoo.batch()
     labels = batch["labels"][0]["class_labels"]
 
     def contents(student, settings=None, of_teacher=None):
+        settings = {"content": "denoising"} if settings is None else settings
         method, *adapters = a_pair(student, "rt_detr", settings, of_teacher=of_teacher)
         points = method.queries(*(look(adapter, batch) for adapter in adapters), batch["labels"])
         return method, *adapters, points.student.content[0], points.teacher.content[0]
@@ -286,7 +295,7 @@ def test_content():
 
     *_, own, _ = contents("conditional_detr")
     assert not own.any()
-    for settings, of_teacher in (({"content": "native"}, {}), ({}, {"num_denoising": 0})):
+    for settings, of_teacher in (({}, {}), ({"content": "native"}, {}), (None, {"num_denoising": 0})):
         method, student, teacher, own, others = contents("rt_detr", settings, of_teacher)
         assert list(method.queries.parameters()) == []
         assert (own - student.base.denoising_class_embed(labels)).abs().max() > 1e-3
@@ -294,8 +303,23 @@ def test_content():
     torch.testing.assert_close(own[:, :16], others)
 
 
-def test_positions_of_detr_have_the_teachers_scale():
+def test_detr_is_asked_by_its_own_query_that_comes_to_lie_nearest():
+    """A place that a DETR's decoder can't read would be answered with some other object."""
     method, student, teacher = a_pair("detr", "detr", of_student={"d_model": 32})
+    batch = zoo.batch()
+    mine, others = look(student, batch), look(teacher, batch)
+    points = method.queries(mine, others, batch["labels"])
+    for view, queries in ((mine, points.student), (others, points.teacher)):
+        for image, target in enumerate(batch["labels"]):
+            for k, (x, y, *_) in enumerate(target["boxes"].tolist()):
+                found = [math.dist((x, y), box[:2]) for box in view.boxes[-1, image].tolist()]
+                own = view.queries.position[image, found.index(min(found))]
+                torch.testing.assert_close(queries.position[image, k], own)
+    assert not dict(method.queries.named_buffers())
+
+
+def test_random_positions_of_detr_have_the_teachers_scale():
+    method, student, teacher = a_pair("detr", "detr", {"content": "random"}, of_student={"d_model": 32})
     batch = zoo.batch()
     mine, others = look(student, batch), look(teacher, batch)
     points = method.queries(mine, others, batch["labels"])
@@ -432,7 +456,7 @@ def test_default_weights_are_documented_ones():
     ("settings", "message"),
     [
         ({"weights": OFF["memory"] | OFF["queries"]}, "all `weights` of clockdistill are 0.*Use method none"),
-        ({"content": "zeros"}, "`content` of CLoCKDistillConfig is 'zeros'; allowed are 'denoising'"),
+        ({"content": "zeros"}, "`content` of CLoCKDistillConfig is 'zeros'; allowed are 'native'"),
         ({"groups": 0}, "`groups` is 0; it must be 1 or more"),
         ({"temperature": 0.0}, "`temperature` of clockdistill is 0.0; it must be above 0"),
     ],

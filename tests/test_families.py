@@ -599,6 +599,28 @@ def test_nothing_of_the_batch_outlives_the_view(name):
 
 
 @every_model
+def test_scores_are_probabilities_or_iou(name):
+    """A query whose box doesn't fit the target it is given: its score is to rise where scores are probabilities alone."""
+    adapter, inputs = prepared(name)
+    outside = {
+        "class_labels": torch.tensor([1]),
+        "boxes": torch.tensor([[2.5, 2.5, 0.1, 0.1]]),
+    }  # overlaps with nothing
+    original, logits = adapter.model.loss_function, []
+
+    def keep(values, *args, **kwargs):
+        logits.append(values)
+        return original(values, *args, **kwargs)
+
+    adapter.model.loss_function = keep
+    output, view = run(adapter, {**inputs, "labels": [outside] * len(inputs["pixel_values"])})
+    assert (view.boxes[..., :2] + view.boxes[..., 2:] / 2).amax() < 2.4
+    (gradient,) = torch.autograd.grad(output.loss, logits)
+    # LW-DETR's line asks for 0.01 where a box doesn't fit at all
+    assert (gradient[..., 1] < -0.003).any() == ("quality_scores" not in adapter.provides)
+
+
+@every_model
 def test_classes_of_the_views(name):
     """Sigmoid: columns. Softmax: the other classes count as no-object, exactly."""
     model, inputs = zoo.build(name), zoo.batch(labels=False)

@@ -9,8 +9,10 @@ import reference_loops as loops
 import torch
 from torch import distributed
 from torch import multiprocessing as mp
+from transformers import RTDetrConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
+from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from hf_detrkd.losses.set_prediction import set_loss
 from hf_detrkd.matching import GroundTruthMatcher, Match, matches
@@ -58,8 +60,24 @@ def test_is_transformers_loss(kind, targets):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_by_the_slowest_obvious_python(kind):
+@pytest.mark.parametrize("targets", [(3, 0, 2), (1,), (6, 2)])
+def test_varifocal_is_that_of_rt_detr(targets):
+    logits, boxes, labels = example("sigmoid", targets)
+    rt_detr = RTDetrLoss(RTDetrConfig(num_labels=K))
+    expected = rt_detr({"logits": logits, "pred_boxes": boxes}, labels)
+    (match,) = GroundTruthMatcher.like(rt_detr.matcher)([logits], [boxes], labels)
+    found = set_loss(logits, boxes, "sigmoid", match, labels, quality=True)
+    weights = {"class": ("loss_vfl", 1), "l1": ("loss_bbox", 5), "giou": ("loss_giou", 2)}
+    for name, (value, weight) in weights.items():
+        torch.testing.assert_close(weight * found[name], expected[value], rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(found["class"], (logits, boxes), allow_unused=True)
+    (wanted,) = torch.autograd.grad(expected["loss_vfl"], logits)
+    torch.testing.assert_close(gradients[0], wanted, rtol=1e-4, atol=1e-6)
+    assert gradients[1] is None  # how well a box fits is told, not asked
+
+
+@pytest.mark.parametrize(("kind", "quality"), [("sigmoid", False), ("sigmoid", True), ("softmax", False)])
+def test_by_the_slowest_obvious_python(kind, quality):
     """With an assignment that no matcher would choose."""
     logits, boxes, labels = example(kind)
     match = matches(
@@ -67,7 +85,7 @@ def test_by_the_slowest_obvious_python(kind):
     )
     match = match[0]
     assert match.weight.tolist() == [[1, 1, 1], [0, 0, 0], [1, 1, 0]]
-    found = set_loss(logits, boxes, kind, match, labels)
+    found = set_loss(logits, boxes, kind, match, labels, quality=quality)
     pairs = [{4: 0, 1: 1, 0: 2}, {}, {5: 1, 2: 0}]
     expected = loops.set_loss(
         logits.tolist(),
@@ -75,6 +93,7 @@ def test_by_the_slowest_obvious_python(kind):
         kind,
         pairs,
         [{name: value.tolist() for name, value in image.items()} for image in labels],
+        quality,
     )
     for name, value in expected.items():
         torch.testing.assert_close(found[name].item(), value, rtol=1e-5, atol=1e-6)

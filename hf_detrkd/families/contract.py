@@ -47,6 +47,8 @@ class DecoderContract:
     replays: ClassVar[bool] = True
     """Whether the decoder can decode other queries on the memory it has."""
     boxes_to_queries: ClassVar[bool] = True
+    scores_quality: ClassVar[bool] = False
+    """Whether training makes a score the IoU of the box (varifocal loss and its kin), not the probability of the class."""
     has_edges: ClassVar[bool] = False
     """Whether boxes are predicted as distributions of their edges, `edge_bins`."""
 
@@ -68,7 +70,8 @@ class DecoderContract:
         (pixel masks are read); "content" (queries start from embeddings, not from zeros), "position" (they take
         position embeddings), "reference" (they carry a box or a centre), "queries_from_boxes", "label_content" (which
         reads the labels it is given); "query_mask" (a replay takes queries of which some are padding);
-        "edge_distributions" (of which boxes are the expectation).
+        "edge_distributions" (of which boxes are the expectation); "quality_scores" (training makes a score the IoU of the
+        box).
         """
         has = {
             "replay": self.replays,
@@ -84,6 +87,7 @@ class DecoderContract:
             "query_mask": self.takes_mask,
             "edge_distributions": self.has_edges,
             "proposals": self.two_stage,
+            "quality_scores": self.scores_quality,
         }
         return frozenset(name for name, provided in has.items() if provided)
 

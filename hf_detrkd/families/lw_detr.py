@@ -17,6 +17,7 @@ class LwDetrAdapter(FamilyAdapter):
     reference_argument = "reference_points"
     cross_attention = "cross_attn"
     sampled = True
+    scores_quality = True
 
     @property
     def feature_channels(self) -> tuple[int, ...]:

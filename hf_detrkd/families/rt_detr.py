@@ -23,6 +23,7 @@ class RTDetrAdapter(FamilyAdapter):
     mask_argument = "encoder_attention_mask"  # transformers' name for the mask of the self-attention
     memory_mask_argument = None
     sampled = True
+    scores_quality = True
 
     @property
     def matching_costs(self) -> tuple[float, float, float]:

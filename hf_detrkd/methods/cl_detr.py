@@ -114,6 +114,7 @@ class CLDetr(DistillationMethod):
         super().__init__(config, student, teacher)
         if not any(config.weights.values()):
             raise ValueError("all `weights` of cl_detr are 0, so there is nothing to distil. Use method none.")
+        self.quality = "quality_scores" in student.provides
 
     def forward(self, student, teacher, targets, generator):
         config = self.config
@@ -121,7 +122,7 @@ class CLDetr(DistillationMethod):
         extended = pseudo_targets(teacher.class_probs()[-1], teacher.boxes[-1], targets, **settings)
         matches = ground_truth_matches(student, extended)
         layers = [
-            set_loss(*layer, student.classification, match, extended)
+            set_loss(*layer, student.classification, match, extended, quality=self.quality)
             for *layer, match in zip(student.logits, student.boxes, matches, strict=True)
         ]
         return {name: sum(layer[name] for layer in layers) for name in config.weights}

@@ -114,6 +114,7 @@ class D3ETR(DistillationMethod):
         elif self.needs_group:
             self.queries = QueryProjector(student, teacher, content=config.content == "project")
         self.matcher = HungarianMatcher()
+        self.quality = "quality_scores" in student.provides
         self.teacher_layers = pair_layers(student.num_layers, teacher.num_layers)
 
     def forward(self, student, teacher, targets, generator):
@@ -135,7 +136,8 @@ class D3ETR(DistillationMethod):
                 terms[name] = terms[name] + value
             if self._uses("group"):
                 match = assigned[s if control else t]
-                losses = set_loss(group.logits[s], group.boxes[s], group.classification, match, targets)
+                prediction = group.logits[s], group.boxes[s], group.classification
+                losses = set_loss(*prediction, match, targets, quality=self.quality)
                 for name, value in losses.items():
                     terms[f"group_{name}"] = terms[f"group_{name}"] + value
         return terms

@@ -88,7 +88,8 @@ class DETRDistill(DistillationMethod):
     *Query-prior assignment distillation*: the student decodes the teacher's queries, and query j is to find the target
     that it finds in the teacher (`set_loss`):
 
-    - ``assign_class``: focal loss / N, or cross-entropy in softmax students; N targets
+    - ``assign_class``: focal loss / N, varifocal in students whose scores are to be IoUs, or cross-entropy in softmax
+      students; N targets
     - ``assign_l1``, ``assign_giou``: sum ||b_j - b*||_1 / N, sum (1 - GIoU(b_j, b*)) / N
 
     **Differs from the paper**: positives and negatives are matched together, with class and boxes, not one after the
@@ -96,9 +97,8 @@ class DETRDistill(DistillationMethod):
     Where depths differ, every student layer has its teacher layer, in the assignment too. The maps are those that the
     decoder attends to, through a 1x1 convolution where the widths differ; padded cells don't count. The replay uses the
     memory that is there (the release encodes again) and the assignment is really the teacher's (the release loses it on
-    the way). A query without a partner counts in no ``logits`` term (released: target 80 for every class).
-    ``assign_class`` is a focal loss also in families that train with another one. The release's contrastive loss, which
-    the paper doesn't have, is left out.
+    the way). A query without a partner counts in no ``logits`` term (released: target 80 for every class). The release's
+    contrastive loss, which the paper doesn't have, is left out.
     """
 
     name = "detrdistill"
@@ -121,6 +121,7 @@ class DETRDistill(DistillationMethod):
             raise ValueError("all `weights` of detrdistill are 0, so there is nothing to distil. Use method none.")
         self.teacher_layers = list(pair_layers(student.num_layers, teacher.num_layers))
         self.matcher = HungarianMatcher()
+        self.quality = "quality_scores" in student.provides
         if "feature" in self.parts:
             _check_channels(config.tap, teacher)
             self.maps = MapProjector(student, teacher, config.tap)
@@ -147,7 +148,8 @@ class DETRDistill(DistillationMethod):
             reply = student.replay(teacher_queries(student, teacher, self.queries).student)
             fixed = self.config.assignment == "teacher"
             for layer, match in enumerate(found if fixed else ground_truth_matches(reply, targets)):
-                losses = set_loss(reply.logits[layer], reply.boxes[layer], reply.classification, match, targets)
+                prediction = reply.logits[layer], reply.boxes[layer], reply.classification
+                losses = set_loss(*prediction, match, targets, quality=self.quality)
                 for name, value in losses.items():
                     terms[f"assign_{name}"] = terms[f"assign_{name}"] + value
         return terms

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 
 from ..families import FamilyAdapter
-from ..families.references import reference_logit
+from ..families.references import nearest, reference_logit
 from ..projectors import identity_linear
 from ..view import DetrView, Queries
 
@@ -32,12 +32,12 @@ class TargetPoints:
 class TargetQueries(nn.Module):
     """CLoCKDistill's target-aware queries (arXiv 2502.10683, section 3.2): both models are asked about every object.
 
-    - *place*: the target's box, or its centre, where a family's queries have one; in families whose queries know no
-      boxes (DETR) a random MLP of the box is their position embedding, the same for both models, at the scale of the
-      teacher's own.
-    - *content*, "denoising": the teacher's denoising embedding of the class where it has one; the student has its own or,
-      where it starts from learned content, the teacher's through a linear map. Elsewhere, and with "native", each model's
-      own content at the place. "random": a random vector per class, the same for both models.
+    - *place*: the target's box, or its centre, where a family's queries have one. In families whose queries know no boxes
+      (DETR) it is the place of that query of the model's own whose box comes to lie nearest.
+    - *content*, "native": each model's own content at the place. "denoising": the teacher's denoising embedding of the
+      class where it has one; the student has its own or, where it starts from learned content, the teacher's through a
+      linear map; elsewhere as "native". "random": a random vector per class, the same for both models, and the place of
+      families whose queries know no boxes is a random MLP of the box, at the scale of the teacher's own.
 
     What is random is seeded and frozen, a buffer; of narrower models the first channels. No gradient reaches what the
     models themselves bring; the linear map alone is trained.
@@ -50,7 +50,7 @@ class TargetQueries(nn.Module):
         self,
         student: FamilyAdapter,
         teacher: FamilyAdapter,
-        content: Literal["denoising", "native", "random"] = "denoising",
+        content: Literal["native", "denoising", "random"] = "native",
     ):
         super().__init__()
         width, generator = max(student.width, teacher.width), torch.Generator().manual_seed(self.seed)
@@ -61,10 +61,11 @@ class TargetQueries(nn.Module):
         # Each buffer is None where it isn't needed
         classes = torch.randn(student.num_classes, width, generator=generator)
         layers = [torch.randn(size, generator=generator) for size in ((self.hidden, 4), (width, self.hidden))]
-        knows_boxes = all("queries_from_boxes" in provides for provides in models)
-        self.register_buffer("classes", classes if content == "random" else None)
-        self.register_buffer("inner", None if knows_boxes else layers[0])
-        self.register_buffer("outer", None if knows_boxes else layers[1])
+        random = content == "random"
+        places = random and not all("queries_from_boxes" in provides for provides in models)
+        self.register_buffer("classes", classes if random else None)
+        self.register_buffer("inner", layers[0] if places else None)
+        self.register_buffer("outer", layers[1] if places else None)
 
     def forward(self, student: DetrView, teacher: DetrView, targets: Sequence[Mapping[str, Tensor]]) -> TargetPoints:
         """
@@ -90,6 +91,8 @@ class TargetQueries(nn.Module):
         content = view.queries.content
         if "queries_from_boxes" in view.adapter.provides:
             queries = view.queries_from_boxes(boxes.to(view.boxes.dtype), labels if self.by_label else None)
+        elif self.inner is None:
+            queries = view.queries.select(nearest(boxes, view.boxes[-1]))
         else:
             position = self._position(boxes, teacher)[..., : content.shape[-1]].to(content.dtype)
             queries = Queries(torch.zeros_like(position), position)
