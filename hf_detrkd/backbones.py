@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.backbone_utils import BackboneMixin
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -94,6 +101,31 @@ def pretrained_weights(name: str) -> Mapping[str, Tensor]:
             f"The weights of the backbone {name!r} could not be loaded: {error}. Pass a safetensors file with them, or "
             "start from random weights."
         ) from error
+
+
+def pixels_of(name: str) -> dict[str, Any]:
+    """How the images were normalised that a pretrained backbone learned from, as settings of an image processor.
+
+    Args:
+        name: as of `pretrained_weights`.
+
+    Returns:
+        ``do_normalize`` and, with it, ``image_mean`` and ``image_std``; nothing where it isn't known.
+    """
+    timm_name = name.removeprefix("hf_hub:").removeprefix("timm/")
+    if name in PRESETS:
+        return {}
+    if not Path(name).exists() and _is_timm(timm_name):
+        import timm
+
+        wants = timm.get_pretrained_cfg(timm_name)
+        return {"do_normalize": True, "image_mean": list(wants.mean), "image_std": list(wants.std)}
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):  # there is none
+        return {}
+    settings = ("do_normalize", *(("image_mean", "image_std") if processor.do_normalize else ()))
+    return {setting: getattr(processor, setting) for setting in settings}
 
 
 def load_backbone_weights(model: PreTrainedModel, source: str) -> int:

@@ -29,7 +29,8 @@ class LabelMap:
         """The map between the ``config.id2label`` of two models.
 
         Names are compared exactly first, then without regard to case, spaces, hyphens and underscores. A name that one
-        model has twice (as COCO's "N/A") has no partner, unless both lists are the same throughout.
+        model has twice (as COCO's "N/A") has no partner, unless both lists are the same throughout; nor has a placeholder
+        (transformers' "LABEL_0").
 
         Raises:
             ValueError: no class is shared.
@@ -109,9 +110,13 @@ def _plain(name: str) -> str:
 
 
 def _unique(names: tuple[str, ...]) -> dict[str, int]:
-    """Index of every name that is there once."""
+    """Index of every name that is there once and says something."""
     counts = Counter(names)
-    return {name: index for index, name in enumerate(names) if counts[name] == 1}
+    return {
+        name: index
+        for index, name in enumerate(names)
+        if counts[name] == 1 and not re.fullmatch(r"label_?\d+", name, re.IGNORECASE)
+    }
 
 
 def _nearest(name: str, others: tuple[str, ...]) -> str | None:

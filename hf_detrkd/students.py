@@ -14,6 +14,7 @@ from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrain
 from .backbones import PROBE, Backbone, find_backbone, load_backbone_weights
 from .families import FamilyAdapter, adapter_for
 from .families.architecture import ARCHITECTURES, Architecture
+from .labels import LabelMap
 
 PRETRAINED = "pretrained"
 """As `backbone_weights` of `make_student`: those that come with the backbone's name (`pretrained_weights`)."""
@@ -255,6 +256,32 @@ def inherit(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
         the number of tensors copied.
     """
     return _copy(student, teacher, lambda name: name)
+
+
+def order_classes(model: PreTrainedModel, before: Mapping[int, str]) -> None:
+    """Puts the rows of the classes into the order that ``config.id2label`` has now.
+
+    transformers loads a checkpoint's class heads as they are where their number fits, whatever the classes are called. Here
+    classes of the same name (`LabelMap`) keep their rows; the others share what is left, in its order.
+
+    Args:
+        model: changed in place.
+        before: the classes in the order of the weights, as many.
+    """
+    after = _classes(model)
+    try:
+        shared = LabelMap.between(before, after)
+    except ValueError:  # no name in common
+        return
+    rows = dict(zip(shared.student_classes, shared.teacher_classes, strict=True))
+    left = iter(sorted(set(after) - set(rows.values())))
+    order = [rows[index] if index in rows else next(left) for index in sorted(after)]
+    done = set()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if _has_classes(name, value, model) and value.data_ptr() not in done:  # layers may share a head
+                done.add(value.data_ptr())
+                value[: len(order)] = value[order]
 
 
 def _copy(

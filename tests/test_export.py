@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +146,36 @@ def test_exported_model_detects_the_same(tmp_path):
     assert metrics["onnx"] == pytest.approx(metrics["pytorch"], abs=1e-3)
     outputs = onnx.run(np.zeros((2, 3, zoo.SIZE, zoo.SIZE), np.float32))
     assert len(outputs) == len(json.loads((tmp_path / "onnx.json").read_text())["outputs"])
+
+
+def test_other_classes_show_before_the_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "export_onnx", lambda *_, **__: pytest.fail("exported"))
+    model = zoo.build("detr")
+    model.config.id2label = dict(enumerate(["cat", "dog", "cow", "pig", "hen"]))
+    model.save_pretrained(tmp_path / "model")
+    processor(model).save_pretrained(tmp_path / "model")
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "onnx")]
+    with pytest.raises(ValueError, match="share no class name"):
+        command.main([*flags, "--dataset_name", f"shapes:train=2,validation=2,test=2,size={zoo.SIZE}"])
+
+
+def test_without_images_nothing_is_compared(tmp_path, monkeypatch, capsys):
+    """The built-in set has other classes than a user's model."""
+
+    def written(model, processor, output, **_):
+        output.mkdir()
+        (output / "model.onnx").write_bytes(b"onnx")
+        return output / "model.onnx"
+
+    monkeypatch.setattr(command, "export_onnx", written)
+    monkeypatch.setattr(command, "OnnxDetector", lambda _: SimpleNamespace(signature={}, processor=None))
+    model = zoo.build("detr")
+    model.save_pretrained(tmp_path / "model")
+    processor(model).save_pretrained(tmp_path / "model")
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "onnx")]
+    assert "metrics" not in command.main(flags)
+    assert (tmp_path / "onnx" / "export.json").is_file()
+    assert "name images with --dataset_name" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(1200)

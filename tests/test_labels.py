@@ -86,3 +86,12 @@ def test_nothing_shared_is_an_error_with_a_hint():
 def test_gaps_in_the_indices_are_an_error():
     with pytest.raises(ValueError, match=r"keys \[1, 2\].*keys 0 to 1"):
         LabelMap.between({1: "a", 2: "b"}, id2label("a"))
+
+
+def test_placeholders_are_no_names():
+    """Eighty classes without names and three without names have nothing to do with each other."""
+    many, few = ({i: f"LABEL_{i}" for i in range(number)} for number in (80, 3))
+    with pytest.raises(ValueError, match="share no class name"):
+        LabelMap.between(many, few)
+    assert LabelMap.between(few, dict(few)).is_identity
+    assert LabelMap.between({0: "LABEL_0", 1: "cat"}, {0: "cat", 1: "LABEL_0"}).names == ("cat",)

@@ -10,6 +10,7 @@ from torch import multiprocessing as mp
 
 from hf_detrkd.losses import bernoulli_kl, class_kl, giou, l1, softmax_kl, weighted_mean
 from hf_detrkd.losses.boxes import iou, teacher_is_better
+from hf_detrkd.losses.features import relative_error
 from hf_detrkd.losses.logits import as_kind
 
 B, M, K = 2, 5, 4
@@ -243,6 +244,12 @@ def test_generalized_iou_of_degenerate_boxes_is_finite():
 # --- one mean over several processes
 
 
+def maps_of(values):
+    """(B, 1, 2, 2) maps of a student and a teacher from (B, 4) values."""
+    maps = values.view(-1, 1, 2, 2)
+    return maps, 2 * maps.square()
+
+
 def gradients_of_one_process(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = []
@@ -250,7 +257,8 @@ def gradients_of_one_process(rank, folder):
         theta = torch.ones((), requires_grad=True)
         loss = weighted_mean(theta * values[rank], weight[rank])
         loss.backward()
-        results.append((loss.detach(), theta.grad))
+        relative = relative_error(*maps_of(values[rank]), weight[rank].view(-1, 2, 2))
+        results.append((loss.detach(), theta.grad, relative))
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -266,12 +274,16 @@ def test_two_processes_are_one_big_batch(tmp_path):
     torch.save(batches, tmp_path / "batches.pt")
     mp.spawn(gradients_of_one_process, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for (values, weight), (loss_0, gradient_0), (loss_1, gradient_1) in zip(batches, first, second, strict=True):
+    for (values, weight), (loss_0, gradient_0, relative_0), (loss_1, gradient_1, relative_1) in zip(
+        batches, first, second, strict=True
+    ):
         theta = torch.ones((), requires_grad=True)
         whole = weighted_mean(theta * values, weight)
         whole.backward()
         torch.testing.assert_close((loss_0 + loss_1) / 2, whole.detach())
         torch.testing.assert_close((gradient_0 + gradient_1) / 2, theta.grad)
+        relative = relative_error(*maps_of(values.flatten(0, 1)), weight.flatten(0, 1).view(-1, 2, 2))
+        torch.testing.assert_close((relative_0 + relative_1) / 2, relative)
 
 
 def test_where_the_teacher_is_better():

@@ -10,9 +10,9 @@ import torch
 import zoo
 from safetensors.torch import save_file
 from scenes import processor
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, DetrImageProcessor, RTDetrImageProcessor
 
-from hf_detrkd.backbones import find_backbone
+from hf_detrkd.backbones import find_backbone, pixels_of
 from hf_detrkd.commands import distill
 from hf_detrkd.commands import make_student as command
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments
@@ -348,3 +348,30 @@ def test_latencies_run_in_turn():
     assert calls == ["a", "b"] + ["a", "b"] * 3
     assert result["a"].rounds == 3 and 0 <= result["a"].median <= result["a"].p95
     assert p95([float(i) for i in range(21)]) == pytest.approx(19.0)
+
+
+def test_pretrained_backbones_see_the_pixels_that_they_learned_from(tmp_path, monkeypatch):
+    """RT-DETR's images aren't normalised, timm's are; the statistics of a pretrained backbone's batch norms are frozen."""
+    pytest.importorskip("timm")
+    monkeypatch.setattr("hf_detrkd.students.load_backbone_weights", lambda *_: 0)  # from the Hub
+    teacher = zoo.build("rt_detr")
+    teacher.save_pretrained(tmp_path / "teacher")
+    processor(teacher).save_pretrained(tmp_path / "teacher")
+    made = {}
+    for weights in ("pretrained", "weights.safetensors"):
+        flags = ["--student_backbone", "resnet18", "--student_backbone_weights", weights, "--rounds", "0"]
+        place = tmp_path / weights.partition(".")[0]
+        command.main(["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(place), *flags])
+        made[weights] = AutoImageProcessor.from_pretrained(place)
+    assert made["pretrained"].do_normalize and not made["weights.safetensors"].do_normalize
+    assert list(made["pretrained"].image_mean) == pytest.approx([0.485, 0.456, 0.406])  # ImageNet's
+
+
+def test_what_a_pretrained_backbone_saw(tmp_path):
+    assert pixels_of("resnet18vd") == {}  # a preset, without weights
+    assert pixels_of(str(tmp_path)) == {}  # no image processor there
+    DetrImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    assert pixels_of(str(tmp_path))["do_normalize"] is True
+    assert list(pixels_of(str(tmp_path))["image_mean"]) == [0.1, 0.2, 0.3]
+    RTDetrImageProcessor().save_pretrained(tmp_path)
+    assert pixels_of(str(tmp_path)) == {"do_normalize": False}

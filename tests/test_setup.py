@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
+import zoo
+from transformers import RTDetrImageProcessor
 
 from hf_detrkd.commands import records
-from hf_detrkd.commands.arguments import DataArguments
-from hf_detrkd.commands.setup import choose_splits, load_data, load_part
+from hf_detrkd.commands.arguments import DataArguments, ModelArguments
+from hf_detrkd.commands.setup import build_detector, build_image_processor, choose_splits, load_data, load_part
 from tests import tiny_datasets
 
 
@@ -119,3 +122,32 @@ def test_peak_memory_in_the_units_of_the_system(monkeypatch, platform, unit):
     else:
         monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=value))
     assert records.peak_memory() == 3
+
+
+def test_classes_of_a_checkpoint_in_another_order_keep_their_weights(tmp_path):
+    """transformers loads heads of as many classes as they are, whatever the classes are called."""
+    for family in ("rt_detr", "detr"):
+        model = zoo.build(family)
+        model.config.id2label = dict(enumerate(["cat", "dog", "cow", "pig", "hen"]))
+        model.save_pretrained(tmp_path / family)
+        arguments = ModelArguments(model_name_or_path=str(tmp_path / family))
+        moved = build_detector(arguments, dict(enumerate(["Dog", "cat", "hen", "owl", "cow"])))
+        order = [1, 0, 4, 3, 2]  # the owl gets what no other class wants
+        before, after = model.state_dict(), moved.state_dict()
+        assert before.keys() == after.keys()
+        heads = [name for name in before if not torch.equal(before[name], after[name])]
+        assert heads and all("class" in name or "score_head" in name for name in heads)
+        for name in heads:
+            assert torch.equal(after[name][:5], before[name][:5][order]), name
+            assert torch.equal(after[name][5:], before[name][5:]), name  # no-object
+        others = build_detector(arguments, dict(enumerate("pqrst"))).state_dict()
+        assert all(torch.equal(before[name], others[name]) for name in before)
+
+
+def test_image_size_resizes(tmp_path):
+    """Also where the checkpoint's processor doesn't."""
+    model = zoo.build("rt_detr")
+    processor = RTDetrImageProcessor(do_resize=False)
+    processor = build_image_processor(ModelArguments(image_size=48), model, processor)
+    pixels = processor(images=[torch.zeros(3, 100, 80, dtype=torch.uint8)], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 48, 48)

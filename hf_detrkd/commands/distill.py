@@ -49,7 +49,7 @@ from .records import (
     write_unfinished,
 )
 from .resuming import checkpoint_to_resume, found_by_all, last_complete_checkpoint
-from .setup import Data, augment, build_detector, build_image_processor, load_data, write_json
+from .setup import Data, augment, build_detector, build_image_processor, load_data, normalise_for, write_json
 from .training import train, write_down
 
 
@@ -143,6 +143,8 @@ def prepare(
     student = build()
     # A student made from its teacher sees what that sees, unless flags say otherwise
     seen = copy.deepcopy(teacher_processor) if made and model_arguments.image_processor_name is None else None
+    if seen is not None:
+        normalise_for(seen, made)
     processor = build_image_processor(model_arguments, student, seen)
     augment(data, data_arguments, processor, teacher_processor)
     return Prepared(data, teacher, teacher_processor, student, processor, build)

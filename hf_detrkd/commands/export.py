@@ -21,12 +21,23 @@ from ..detectors import load_detector
 from ..evaluation.agreement import measure, torch_detector
 from ..evaluation.cost import environment
 from ..export import OnnxDetector, export_onnx
+from ..labels import LabelMap
 from ..reporting.table import comparison_table
 from .arguments import DataArguments, ModelArguments, parse
 from .setup import build_image_processor, check_part, load_part, write_json
 
 UNMATCHED = 0.01
 """Share of detections that may lack a partner: queries selected at nearly equal scores may be others."""
+
+
+@dataclass
+class CheckArguments(DataArguments):
+    """In which images the two are compared."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Compare the two in the images of this data set; without one nothing is checked."},
+    )
 
 
 @dataclass
@@ -39,7 +50,6 @@ class ExportArguments:
     postprocess: bool = field(
         default=False, metadata={"help": "Put scores, labels and boxes (x1 y1 x2 y2 in [0, 1]) into the graph."}
     )
-    check: bool = field(default=True, metadata={"help": "Compare with PyTorch on --split of --dataset_name."})
     split: str = field(default="test", metadata={"help": "train, validation or test."})
     max_difference: float = field(default=0.1, metadata={"help": "AP points that the two may differ by."})
 
@@ -50,15 +60,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         SystemExit: with code 1, where the exported model doesn't detect the same.
     """
-    model_arguments, data_arguments, extra = parse((ModelArguments, DataArguments, ExportArguments), argv, __doc__)
+    model_arguments, data_arguments, extra = parse((ModelArguments, CheckArguments, ExportArguments), argv, __doc__)
     if model_arguments.model_name_or_path is None or extra.output_dir is None:
         raise ValueError("--model_name_or_path and --output_dir are needed.")
     check_part(extra.split)
-    if extra.check:  # before the export, which takes minutes: a wrong folder shows now
+    model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
+    dataset = None
+    if data_arguments.dataset_name is not None:  # before the export, which takes minutes: a wrong folder shows now
         dataset, split = load_part(
             extra.split, data_arguments, cache_dir=model_arguments.cache_dir, token=model_arguments.token
         )
-    model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
+        LabelMap.between(model.config.id2label, dataset.id2label)
     processor = build_image_processor(model_arguments, model)
     output = Path(extra.output_dir)
     path = export_onnx(
@@ -78,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "environment": environment(),
     }
     print(f"written to {output}: model.onnx ({results['MiB']} MiB), onnx.json, config and image processor")
-    if extra.check:
+    if dataset is None:
+        print("not compared with PyTorch: name images with --dataset_name")
+    else:
         detectors = {"pytorch": torch_detector(model, onnx.processor), "onnx": onnx}
         metrics, difference = measure(detectors, model, onnx.processor, dataset, extra.batch_size)
         results |= {"dataset": data_arguments.dataset_name, "split": split, "images": len(dataset)}

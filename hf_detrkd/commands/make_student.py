@@ -21,7 +21,7 @@ from ..evaluation.cost import cost_rows, environment
 from ..reporting.table import cost_table
 from ..students import make_student
 from .arguments import StudentArguments, parse
-from .setup import write_json
+from .setup import normalise_for, write_json
 
 
 @dataclass
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     processors = {
         role: AutoImageProcessor.from_pretrained(place, token=arguments.token) for role in ("teacher", "student")
     }
+    normalise_for(processors["student"], wanted.keywords())
     if arguments.image_size is not None:
+        processors["student"].do_resize = True
         processors["student"].size = {"height": arguments.image_size, "width": arguments.image_size}
     set_seed(arguments.seed)
     student = make_student(teacher, **wanted.keywords())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..backbones import load_backbone_weights
+from ..backbones import load_backbone_weights, pixels_of
 from ..data import (
     Augmentation,
     DetectionDataset,
@@ -29,7 +30,7 @@ from ..data import (
     split_off_validation,
 )
 from ..data.schema import split_name
-from ..students import from_config
+from ..students import PRETRAINED, from_config, order_classes
 from .arguments import DataArguments, ModelArguments
 
 PARTS = ("train", "validation", "test")
@@ -167,7 +168,8 @@ def augment(data: Data, arguments: DataArguments, *processors: BaseImageProcesso
 def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -> PreTrainedModel:
     """A detector from a checkpoint or, with random weights, from a config; its classes are ``id2label``.
 
-    A checkpoint with other classes gets a new class head.
+    A checkpoint with another number of classes gets new class heads. With as many it keeps its own, each row with the class of
+    its name (`order_classes`).
     """
     if (arguments.model_name_or_path is None) == (arguments.config_name is None):
         raise ValueError(
@@ -176,7 +178,8 @@ def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -
         )
     hub = arguments.hub()
     config = AutoConfig.from_pretrained(arguments.model_name_or_path or arguments.config_name, **hub)
-    same = id2label is None or {int(i): name for i, name in config.id2label.items()} == id2label
+    before = {int(i): name for i, name in config.id2label.items()}
+    same = id2label is None or before == id2label
     if not same:
         config.id2label = dict(id2label)
         config.label2id = {name: i for i, name in id2label.items()}
@@ -185,9 +188,12 @@ def build_detector(arguments: ModelArguments, id2label: dict[int, str] | None) -
             raise ValueError(
                 "--backbone_weights goes with --config_name; a checkpoint has its backbone's weights already."
             )
-        return AutoModelForObjectDetection.from_pretrained(
+        model = AutoModelForObjectDetection.from_pretrained(
             arguments.model_name_or_path, config=config, ignore_mismatched_sizes=not same, dtype=torch.float32, **hub
         )
+        if not same and len(before) == len(id2label):
+            order_classes(model, before)
+        return model
     model = from_config(config)
     if arguments.backbone_weights is not None:
         load_backbone_weights(model, arguments.backbone_weights)
@@ -206,9 +212,22 @@ def build_image_processor(
         processor = family_image_processor(model)
     if arguments.image_size is not None:
         processor.size = {"height": arguments.image_size, "width": arguments.image_size}
+        processor.do_resize = True
     if arguments.do_normalize is not None:
         processor.do_normalize = arguments.do_normalize
     return processor
+
+
+def normalise_for(processor: BaseImageProcessor, made: Mapping[str, Any]) -> None:
+    """Gives a made student the pixels that its pretrained backbone learned from, where they are known (`pixels_of`).
+
+    Args:
+        processor: the student's, changed in place.
+        made: what `make_student` is called with.
+    """
+    if made.get("backbone_weights") == PRETRAINED:
+        for setting, value in pixels_of(made["backbone"]).items():
+            setattr(processor, setting, value)
 
 
 def family_image_processor(model: PreTrainedModel) -> BaseImageProcessor:

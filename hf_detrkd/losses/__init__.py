@@ -1,7 +1,8 @@
 """Losses: tensors in, a scalar out.
 
-Every function returns a weighted mean over its items (``reduction.weighted_mean``), summed over classes or coordinates,
-in float32, with gradient to the student alone. The task loss, which needs a model, is in ``losses.detection``.
+Most return a weighted mean over their items (``reduction.weighted_mean``), summed over classes or coordinates; what else is
+said where it is so. All are in float32, with gradient to the student alone. The task loss, which needs a model, is in
+``losses.detection``.
 """
 
 from .boxes import generalized_iou, giou, l1

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from .boxes import iou
-from .reduction import weighted_mean
+from .reduction import mean_over_processes, weighted_mean
 
 
 def scale_masks(boxes: Sequence[Tensor], mask: Tensor, *, inclusive: bool = False) -> tuple[Tensor, Tensor]:
@@ -78,8 +78,9 @@ def feature_mse(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
 def relative_error(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """The squared difference as a share of the teacher's squares, ``sum w |s - t|^2 / sum w |t|^2``: the same for maps of any
     scale, 0 for the teacher's own map and 1 for one of zeros. Arguments as of `feature_mse`; 0 where nothing is selected.
+    The teacher's squares are those of all processes, as every denominator here.
     """
-    squares = feature_mse(torch.zeros_like(teacher), teacher, weight)
+    squares = mean_over_processes(feature_mse(torch.zeros_like(teacher), teacher, weight))
     return feature_mse(student, teacher, weight) / torch.where(squares == 0, 1.0, squares)
 
 
@@ -146,7 +147,8 @@ def pkd(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Pearson distance (PKD, NeurIPS 2022, Eq. 4): ``1 - r`` of each channel over the cells of the batch, mean over channels.
 
     Half the mean squared difference of the standardised maps. With the biased deviation it is exactly ``1 - r`` and
-    doubling the batch changes nothing; the released code's unbiased one gives (n - 1) / n of it.
+    doubling the batch changes nothing; the released code's unbiased one gives (n - 1) / n of it. Mean and deviation are
+    those of this process's images.
 
     Args:
         student: (B, C, h, w).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -82,7 +83,7 @@ def on_grid_of(student: DetrView, teacher: DetrView) -> tuple[Tensor, Tensor, Te
         levels = [x.mT.unflatten(-1, m.shape[1:]) for x, m in zip(everything.split(sizes, dim=1), masks, strict=True)]
         onto = []
         for mask in student.memory_masks():
-            nearest = min(range(len(levels)), key=lambda i: abs(levels[i].shape[-1] / mask.shape[-1] - 1))
+            nearest = min(range(len(levels)), key=lambda i: abs(math.log(levels[i][0, 0].numel() / mask[0].numel())))
             moved = on_grid(levels[nearest], masks[nearest], mask, padded=padded, mode="nearest")
             onto.append(moved.flatten(2).mT)
         everything = torch.cat(onto, dim=1)
