@@ -291,6 +291,45 @@ def test_yolo_problems_name_the_line(line, problem, tmp_path):
     assert (finding.file, finding.row, finding.value) == (str(path), "line 3", line)
 
 
+def pose(folder, shape: str, line: str):
+    """The labels of image a2 as Ultralytics' pose labels: behind the box stand keypoints."""
+    (folder / "data.yaml").write_text((folder / "data.yaml").read_text() + f"kpt_shape: {shape}\n")
+    for path in folder.glob("labels/*/*.txt"):
+        path.unlink()
+    path = folder / "labels" / "train" / "a2.txt"
+    path.write_text(line + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("shape", "point"), [("[3, 2]", " 0.1 0.1"), ("[4, 3]", " 0.1 0.1 2")])
+def test_yolo_pose_labels_begin_with_the_box(shape, point, tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    pose(folder, shape, "0 0.5 0.5 0.2 0.4" + int(shape[1]) * point)
+    assert objects_by_name(load_detection_dataset(folder)["train"])[1] == [("cat", [8.0, 15.0, 4.0, 20.0])]
+
+
+@pytest.mark.parametrize("values", ["0.5 0.5 0.2 0.4", "0.5 0.5 0.2 0.4" + " 0.1" * 4, "0.5 0.5 0.2 0.4" + " 0.1" * 7])
+def test_yolo_pose_labels_of_another_length_are_refused(values, tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    path = pose(folder, "[2, 3]", f"0 {values}")
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.problem, finding.file) == ("a pose label needs a class, 4 box values and the keypoints", str(path))
+    assert (finding.row, finding.value) == ("line 1", f"0 {values}")
+    assert finding.advice == "kpt_shape [2, 3] makes 11 numbers a line"
+
+
+@pytest.mark.parametrize("shape", ["17", "[17]", "[a, 3]"])
+def test_yolo_kpt_shape_that_is_none(shape, tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    (folder / "data.yaml").write_text((folder / "data.yaml").read_text() + f"kpt_shape: {shape}\n")
+    with pytest.raises(DatasetError, match="kpt_shape needs two whole numbers") as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.file, finding.row) == (str(folder / "data.yaml"), "kpt_shape")
+
+
 def test_yolo_polygons_lists_and_roboflows_paths(tmp_path):
     folder = tiny.write_yolo(tmp_path / "set")
     (folder / "labels" / "train" / "a2.txt").write_text("1 0.1 0.2 0.5 0.2 0.5 0.6\n")

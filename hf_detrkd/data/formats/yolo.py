@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import yaml
@@ -19,8 +20,8 @@ def finds(folder: Path) -> bool:
 
 
 def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple[list[str], dict[str, list[Row]]]:
-    """Class names and rows of every split. A line is ``class cx cy w h``, normalised, or a polygon, whose box is
-    taken; an image without a label file has no objects."""
+    """Class names and rows of every split. A line is ``class cx cy w h``, normalised, with keypoints behind it where the
+    yaml has a ``kpt_shape``, or a polygon, whose box is taken; an image without a label file has no objects."""
     path = _settings_file(folder)
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = settings["names"]
@@ -31,6 +32,7 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
         )
     names = {number: str(names[number]) for number in sorted(names)}
     position = {number: index for index, number in enumerate(names)}
+    keypoints = _keypoints(path, settings, findings)
     rows: dict[str, list[Row]] = {}
     for split, keys in SPLITS.items():
         places = next((settings[key] for key in keys if settings.get(key)), None)
@@ -39,7 +41,7 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
         rows[split] = []
         for place in places if isinstance(places, list) else [places]:
             for image in _images(path, settings, str(place), findings):
-                row = _row(image, position, box_format or "cxcywh_normalized", findings)
+                row = _row(image, position, keypoints, box_format or "cxcywh_normalized", findings)
                 if row is not None:
                     rows[split].append(row)
     return list(names.values()), rows
@@ -53,6 +55,18 @@ def _settings_file(folder: Path) -> Path | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "names" in content and {"train", "val", "test"} & content.keys():
             return path
+    return None
+
+
+def _keypoints(path: Path, settings: dict, findings: list[Finding]) -> list[int] | None:
+    """How many keypoints the objects of a pose data set have, and how many values each; None where it is no pose data
+    set. Nothing in the label files tells their lines from polygons."""
+    shape = settings.get("kpt_shape")
+    if shape is None or (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+        return shape
+    findings.append(
+        Finding("kpt_shape needs two whole numbers", str(path), "kpt_shape", shape, advice="[keypoints, 2 or 3 values]")
+    )
     return None
 
 
@@ -83,7 +97,9 @@ def _label_file(image: Path) -> Path:
     return Path(*parts)
 
 
-def _row(image: Path, position: dict[int, int], box_format: str, findings: list[Finding]) -> Row | None:
+def _row(
+    image: Path, position: dict[int, int], keypoints: list[int] | None, box_format: str, findings: list[Finding]
+) -> Row | None:
     try:
         width, height = read_header(str(image)).upright
     except OSError as error:
@@ -105,8 +121,12 @@ def _row(image: Path, position: dict[int, int], box_format: str, findings: list[
             findings.append(
                 Finding("object of an unknown class", str(label_file), f"line {number}", line, advice=advice)
             )
-        elif len(values) == 4:
-            boxes.append(values)
+        elif keypoints is not None and len(values) != 4 + prod(keypoints):
+            problem = "a pose label needs a class, 4 box values and the keypoints"
+            advice = f"kpt_shape {keypoints} makes {5 + prod(keypoints)} numbers a line"
+            findings.append(Finding(problem, str(label_file), f"line {number}", line, advice=advice))
+        elif keypoints is not None or len(values) == 4:
+            boxes.append(values[:4])
             category.append(position[int(label)])
         elif len(values) >= 6 and len(values) % 2 == 0:
             boxes.append(_polygon_box(values, box_format))
