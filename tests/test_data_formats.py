@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_datasets as tiny
 
-from hf_detrkd.data import DatasetError, keep_classes, load_detection_dataset, split_off_validation
+from hf_detrkd.data import DatasetError, check_dataset, keep_classes, load_detection_dataset, split_off_validation
 from hf_detrkd.data.schema import BOX_FORMATS, class_names_of, split_name, to_xywh, whole_ids
 
 WRITERS = {
@@ -338,6 +338,27 @@ def test_yolo_polygons_lists_and_roboflows_paths(tmp_path):
     loaded = load_detection_dataset(folder / "data.yaml")
     assert objects_by_name(loaded["train"])[1] == [("dog", [2.0, 10.0, 8.0, 20.0])]
     assert len(loaded["train"]) == 2 and len(loaded["validation"]) == 1
+
+
+@pytest.mark.parametrize(("names", "ids"), [(("7", "7"), [0, 1]), (("7", "0008"), [7, 8])])
+def test_yolo_names_may_recur_in_subfolders(names, ids, tmp_path):
+    """As with cameras that each count from 1; where none recurs, the ids are the names' digits."""
+    for camera, name in zip(("cam1", "cam2"), names, strict=True):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / camera).mkdir(parents=True)
+        tiny.picture((20, 10)).save(tmp_path / "images" / camera / f"{name}.png")
+        (tmp_path / "labels" / camera / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (tmp_path / "data.yaml").write_text("train: [images/cam1, images/cam2]\nnames: [cat]\n")
+    split, report = check_dataset(load_detection_dataset(tmp_path)["train"])
+    assert split["image_id"][:] == ids and report.findings == ()
+
+
+def test_yolo_image_listed_twice_is_still_found(tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    tiny.picture((20, 10)).save(folder / "images" / "val" / "a1.png")
+    (folder / "data.yaml").write_text("train: [images/train, images/val, images/val]\nnames: [cat, dog, bird]\n")
+    with pytest.raises(DatasetError, match=r"image id used twice \(2x\)"):
+        check_dataset(load_detection_dataset(folder))
 
 
 def test_yolo_without_its_image_folder(tmp_path):

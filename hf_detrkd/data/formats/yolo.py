@@ -38,12 +38,17 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
         places = next((settings[key] for key in keys if settings.get(key)), None)
         if places is None:
             continue
-        rows[split] = []
-        for place in places if isinstance(places, list) else [places]:
-            for image in _images(path, settings, str(place), findings):
-                row = _row(image, position, keypoints, box_format or "cxcywh_normalized", findings)
-                if row is not None:
-                    rows[split].append(row)
+        images = [
+            image
+            for place in (places if isinstance(places, list) else [places])
+            for image in _images(path, settings, str(place), findings)
+        ]
+        named = _ids(images)
+        rows[split] = [
+            row
+            for image in images
+            if (row := _row(image, named[image], position, keypoints, box_format or "cxcywh_normalized", findings))
+        ]
     return list(names.values()), rows
 
 
@@ -87,6 +92,14 @@ def _images(path: Path, settings: dict, place: str, findings: list[Finding]) -> 
     return sorted(file for file in found.rglob("*") if file.suffix.lower() in extensions)
 
 
+def _ids(images: list[Path]) -> dict[Path, str]:
+    """The image ids: the files' names, or their paths where a name recurs in another folder (cameras that each count
+    from 1). A file listed twice keeps one id, so that the checks find it."""
+    files = set(images)
+    unique = len({file.stem for file in files}) == len(files)
+    return {file: file.stem if unique else str(file) for file in files}
+
+
 def _label_file(image: Path) -> Path:
     """The label file of an image: the last ``images`` of its path becomes ``labels``; without one it is beside it."""
     parts = list(image.with_suffix(".txt").parts)
@@ -98,7 +111,12 @@ def _label_file(image: Path) -> Path:
 
 
 def _row(
-    image: Path, position: dict[int, int], keypoints: list[int] | None, box_format: str, findings: list[Finding]
+    image: Path,
+    image_id: str,
+    position: dict[int, int],
+    keypoints: list[int] | None,
+    box_format: str,
+    findings: list[Finding],
 ) -> Row | None:
     try:
         width, height = read_header(str(image)).upright
@@ -135,7 +153,7 @@ def _row(
             problem = "a label line needs a class and 4 box values, or 3 or more polygon points"
             findings.append(Finding(problem, str(label_file), f"line {number}", line))
     objects = objects_of(boxes, category, box_format, width, height)
-    return {"image": str(image), "image_id": image.stem, "width": width, "height": height, "objects": objects}
+    return {"image": str(image), "image_id": image_id, "width": width, "height": height, "objects": objects}
 
 
 def _polygon_box(values: list[float], box_format: str) -> list[float]:
