@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -405,6 +406,56 @@ def test_voc_without_lists_is_all_train(tmp_path):
 )
 def test_split_names(name, usual):
     assert split_name(name) == usual
+
+
+def coco_of_two_years(folder):
+    tiny.write_coco(folder)
+    for name in ("train2014", "train2017"):
+        (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(tiny.coco_content("train")))
+    (folder / "annotations" / "instances_train.json").unlink()
+    return {"train2014": 3, "train2017": 3, "validation": 1}
+
+
+def yolo_with_val_and_valid(folder):
+    tiny.write_yolo(folder)
+    (folder / "data.yaml").write_text(
+        "train: images/train\nval: images/val\nvalid: images/train\nnames: [cat, dog, bird]"
+    )
+    return {"train": 3, "val": 1, "valid": 3}
+
+
+def voc_of_two_years(folder):
+    lists = tiny.write_voc(folder) / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "train2007.txt")
+    (lists / "train2012.txt").write_text("a1\n")
+    return {"train2007": 3, "train2012": 1, "validation": 1}
+
+
+def imagefolder_with_val_and_dev(folder):
+    tiny.write_imagefolder(folder)
+    shutil.copytree(folder / "train", folder / "dev")
+    return {"dev": 3, "train": 3, "val": 1}
+
+
+def saved_with_validation_and_dev(folder):
+    train, val = tiny.hub_split("train"), tiny.hub_split("val")
+    datasets.DatasetDict(train=train, validation=val, dev=train).save_to_disk(folder)
+    return {"train": 3, "validation": 1, "dev": 3}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        coco_of_two_years,
+        yolo_with_val_and_valid,
+        voc_of_two_years,
+        imagefolder_with_val_and_dev,
+        saved_with_validation_and_dev,
+    ],
+)
+def test_splits_of_one_usual_name_keep_their_own(write, tmp_path):
+    expected = write(tmp_path / "set")
+    assert {name: len(split) for name, split in load_detection_dataset(tmp_path / "set").items()} == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypedDict, get_args
 
@@ -109,6 +110,14 @@ def split_name(name: str) -> str:
         if plain in spellings:
             return usual
     return name
+
+
+def split_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of a data set's splits -> their usual names (`split_name`); splits that would share one (``train2014``
+    and ``train2017``) keep their own, for the user to choose."""
+    usual = {name: split_name(name) for name in names}
+    count = Counter(usual.values())
+    return {own: name if count[name] == 1 else own for own, name in usual.items()}
 
 
 _SPLITS = {

@@ -44,7 +44,7 @@ def _annotation_files(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.glob("annotations/*.json"))
         if split_name(path.stem) in ("train", "validation", "test")
     }
-    return {split_name(name): path for name, path in (roboflow or instances or plain).items()}
+    return roboflow or instances or plain
 
 
 def _load(path: Path, findings: list[Finding]) -> dict:
@@ -176,8 +176,8 @@ def _image_folder(folder: Path, split: str, path: Path, images: list[dict]) -> P
     """The folder the file names are relative to: beside a Roboflow json, else one named after the annotation file."""
     if path.name == ROBOFLOW:
         return path.parent
-    name = path.stem.removeprefix("instances_")
-    candidates = [folder / place for place in (f"images/{name}", name, f"images/{split}", split, "images", ".")]
+    usual = split_name(split)
+    candidates = [folder / place for place in (f"images/{split}", split, f"images/{usual}", usual, "images", ".")]
     for candidate in candidates:
         if any((candidate / str(image.get("file_name"))).is_file() for image in images[:10]):
             return candidate

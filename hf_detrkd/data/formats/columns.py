@@ -9,7 +9,7 @@ import datasets
 
 from ..findings import Finding
 from ..images import name_of, read_header
-from ..schema import detection_features, objects_of, split_name, whole_ids
+from ..schema import detection_features, objects_of, whole_ids
 
 BOX_KEYS = ("bbox", "bboxes", "boxes")
 CATEGORY_KEYS = ("category", "categories", "category_id", "label", "labels", "class", "classes")
@@ -131,7 +131,7 @@ def to_schema(
         image = split.select_columns([image_column])
         image = image if image_column == "image" else image.rename_column(image_column, "image")
         others = datasets.Dataset.from_dict(columns, features=features.__class__({k: features[k] for k in columns}))
-        result[split_name(name)] = datasets.concatenate_datasets([image, others], axis=1)
+        result[name] = datasets.concatenate_datasets([image, others], axis=1)
     return result
 
 

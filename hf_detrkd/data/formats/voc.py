@@ -46,7 +46,7 @@ def _members(folder: Path) -> dict[str, list[str]]:
     if not wanted:
         return {"train": [path.stem for path in sorted(folder.glob("Annotations/*.xml"))]}
     return {
-        split_name(name): [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        name: [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         for name, path in wanted.items()
     }
 

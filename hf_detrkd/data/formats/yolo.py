@@ -12,7 +12,8 @@ from ..findings import Finding
 from ..images import read_header
 from ..schema import Row, objects_of
 
-SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+SPLITS = ("train", "val", "valid", "validation", "test")
+"""Keys of the yaml."""
 
 
 def finds(folder: Path) -> bool:
@@ -34,10 +35,8 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
     position = {number: index for index, number in enumerate(names)}
     keypoints = _keypoints(path, settings, findings)
     rows: dict[str, list[Row]] = {}
-    for split, keys in SPLITS.items():
-        places = next((settings[key] for key in keys if settings.get(key)), None)
-        if places is None:
-            continue
+    for split in filter(settings.get, SPLITS):
+        places = settings[split]
         images = [
             image
             for place in (places if isinstance(places, list) else [places])
