@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import struct
 import time
+import zlib
 
 import datasets
 import numpy as np
@@ -253,6 +255,52 @@ def test_more_than_8_bits_stop(tmp_path):
     Image.fromarray(np.full((30, 40), 4000, dtype=np.uint16)).save(path)
     (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
     assert finding.problem == "more than 8 bits a channel" and finding.value.startswith("I")
+
+
+def colour_png_of_16_bits(path, colour: int, channels: int) -> None:
+    """PIL reads such files, and writes none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 40, 30, 16, colour, 0, 0, 0)
+    pixels = zlib.compress(30 * (b"\0" + 40 * channels * b"\x0f\xa0"))
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+@pytest.mark.parametrize(
+    ("colour", "channels", "value"),
+    [(2, 3, "RGB;16B"), (4, 2, "LA;16B"), (6, 4, "RGBA;16B")],
+    ids=["RGB", "LA", "RGBA"],
+)
+def test_colour_of_more_than_8_bits_stops_too(tmp_path, colour, channels, value):
+    """PIL would keep the high byte of each channel: 12-bit pictures would be nearly black."""
+    path = tmp_path / "a.png"
+    colour_png_of_16_bits(path, colour, channels)
+    (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
+    assert (finding.problem, finding.value) == ("more than 8 bits a channel", value)
+
+
+def test_a_tiff_with_colours_of_16_bits_stops_too(tmp_path):
+    path = tmp_path / "a.tif"
+    tiny.picture((40, 30)).save(path)
+    content = path.read_bytes().replace(struct.pack("<HHH", 8, 8, 8), struct.pack("<HHH", 16, 16, 16), 1)
+    path.write_bytes(content + bytes(40 * 30 * 3))
+    (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
+    assert (finding.problem, finding.value) == ("more than 8 bits a channel", "RGB;16L")
+
+
+def test_16_bits_a_pixel_are_fine(tmp_path):
+    """A BMP with 5, 6 and 5 bits for red, green and blue."""
+    path = tmp_path / "a.bmp"
+    size = 40 * 30 * 2
+    header = b"BM" + struct.pack("<IHHI", 66 + size, 0, 0, 66)
+    header += struct.pack("<IiiHHIIiiII", 40, 40, 30, 1, 16, 3, size, 0, 0, 0, 0) + struct.pack(
+        "<III", 0xF800, 0x7E0, 0x1F
+    )
+    path.write_bytes(header + bytes(size))
+    assert check_dataset(one_split(row(path, boxes=[(1, 1, 4, 4)])))[1].findings == ()
 
 
 def test_another_size_than_declared_stops(image):
