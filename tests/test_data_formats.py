@@ -109,6 +109,27 @@ def test_objects_as_a_list_of_dicts_and_names_as_ids(tmp_path):
     assert train["image_id"] == [0, 1] and train[0]["objects"]["area"] == [16.0]
 
 
+def with_another_picture(split: datasets.Dataset, name: str) -> datasets.Dataset:
+    """The split with a grey picture of each image in a first column, as a depth map."""
+    grey = [tiny.picture(image.size).convert("L") for image in split["image"]]
+    other = datasets.Dataset.from_dict({name: grey}, features=datasets.Features({name: datasets.Image()}))
+    return datasets.concatenate_datasets([other, split], axis=1)
+
+
+def test_of_several_image_columns_the_one_called_image_is_read(tmp_path):
+    with_another_picture(tiny.hub_split("train"), "depth").save_to_disk(tmp_path / "set")
+    assert {image.mode for image in load_detection_dataset(tmp_path / "set")["train"]["image"]} == {"RGB"}
+
+
+def test_several_image_columns_of_which_none_is_called_image(tmp_path):
+    split = with_another_picture(tiny.hub_split("train"), "depth").rename_column("image", "photo")
+    split.save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"several image columns, \['depth', 'photo'\].*Rename.*`image`"):
+        load_detection_dataset(tmp_path / "set")
+    split.remove_columns("depth").save_to_disk(tmp_path / "one")
+    assert load_detection_dataset(tmp_path / "one")["train"][0]["image"].mode == "RGB"
+
+
 def test_a_set_without_boxes_is_refused_with_its_columns(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=r"columns \['text'\].*`objects`.*cppe-5"):
