@@ -250,6 +250,24 @@ def test_other_modes_are_converted_and_counted(tmp_path, mode, suffix):
     np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB")))
 
 
+def test_an_image_of_more_pixels_than_pil_opens(tmp_path, monkeypatch):
+    """Where its size is declared the checks find it, and where it isn't the readers."""
+    path = tmp_path / "train" / "a.png"
+    path.parent.mkdir()
+    tiny.picture((40, 30)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    told = f"{path}: Image size (1200 pixels) exceeds limit of 1000 pixels"
+    (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
+    assert finding.problem == "missing or unreadable image" and str(finding.value).startswith(told)
+    assert "scale it down or cut it up, and its boxes with it" in str(finding.value)
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png"}')
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(tmp_path)
+    assert "missing or unreadable image" in str(error.value) and told in str(error.value)
+    with pytest.raises(ValueError, match="1200 pixels"):
+        read_pixels(str(path), 40, 30)
+
+
 def test_more_than_8_bits_stop(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.full((30, 40), 4000, dtype=np.uint16)).save(path)

@@ -253,6 +253,37 @@ def test_coco_problems(edit, problem, row, value, tmp_path):
     assert problem in str(error.value) and row in str(error.value)
 
 
+def test_coco_iscrowd_may_be_null(tmp_path):
+    folder = tiny.write_coco(tmp_path / "set")
+    change(folder / "annotations" / "instances_train.json", lambda c: c["annotations"][0].update(iscrowd=None))
+    assert load_detection_dataset(folder)["train"]["objects"][0]["iscrowd"] == [0, 0]
+
+
+@pytest.mark.parametrize("given", ["yes", [0]])
+def test_coco_iscrowd_that_is_none(given, tmp_path):
+    folder = tiny.write_coco(tmp_path / "set")
+    path = folder / "annotations" / "instances_train.json"
+    change(path, lambda c: c["annotations"][1].update(iscrowd=given))
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.problem, finding.file) == ("iscrowd must be 0 or 1", str(path))
+    assert (finding.row, finding.value) == ("annotations[1] (id 1001)", given)
+
+
+def test_object_ids_that_are_names_or_too_long_are_numbered(tmp_path):
+    coco, imagefolder = tiny.write_coco(tmp_path / "coco"), tiny.write_imagefolder(tmp_path / "imagefolder")
+    change(
+        coco / "annotations" / "instances_train.json",
+        lambda c: [a.update(id=name) for a, name in zip(c["annotations"], ["f3", "a0", 10**20, None], strict=True)],
+    )
+    path = imagefolder / "train" / "metadata.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first.replace('"id": [0, 1]', '"id": ["f3", "a0"]'), *others]))
+    for folder in (coco, imagefolder):
+        assert [o["id"] for o in load_detection_dataset(folder)["train"]["objects"]] == [[0, 1], [], [0, 1]]
+
+
 def test_coco_classes_that_differ_between_splits(tmp_path):
     folder = tiny.write_coco(tmp_path / "set")
     change(folder / "annotations" / "instances_val.json", lambda c: c["categories"][0].update(name="fish"))
@@ -402,6 +433,25 @@ def test_voc_problems(tmp_path):
     assert (unknown.file, unknown.row, unknown.value) == (str(path), "object 0", "cow")
 
 
+@pytest.mark.parametrize("given", ["Unspecified", "unspecified", ""])
+def test_voc_difficult_may_be_unspecified(given, tmp_path):
+    folder = tiny.write_voc(tmp_path / "set")
+    path = folder / "Annotations" / "a3.xml"
+    path.write_text(path.read_text().replace("<difficult>0<", f"<difficult>{given}<"))
+    assert load_detection_dataset(folder)["train"]["objects"][2]["iscrowd"] == [1, 0]
+
+
+def test_voc_difficult_that_is_no_number(tmp_path):
+    folder = tiny.write_voc(tmp_path / "set")
+    path = folder / "Annotations" / "a3.xml"
+    path.write_text(path.read_text().replace("<difficult>0<", "<difficult>maybe<"))
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.problem, finding.file) == ("difficult must be 0 or 1", str(path))
+    assert (finding.row, finding.value) == ("object 1", "maybe")
+
+
 def test_voc_without_lists_is_all_train(tmp_path):
     folder = tiny.write_voc(tmp_path / "set")
     for path in (folder / "ImageSets" / "Main").iterdir():
@@ -488,6 +538,10 @@ def test_splits_of_one_usual_name_keep_their_own(write, tmp_path):
         (["01", "1"], [0, 1]),
         ([None, None], [0, 1]),
         ([4, 4], [4, 4]),
+        ([2**53, 3], [2**53, 3]),  # evaluation keeps ids in float64
+        ([2**53 + 1, 3], [0, 1]),
+        ([-(2**60), -(2**60)], [0, 0]),
+        (["20230101123456789012", "20230101123456789013"], [0, 1]),
     ],
 )
 def test_whole_ids(given, numbers):

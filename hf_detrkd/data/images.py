@@ -57,10 +57,17 @@ class ImageHeader:
 
 def open_image(source: Mapping | str) -> Image.Image:
     """The image, not yet decoded. ``source``: a path, or ``{"path", "bytes"}`` as `datasets.Image(decode=False)`
-    gives."""
+    gives. Raises `OSError` where it is missing, no image, or has more pixels than PIL opens."""
     if isinstance(source, str):
-        return Image.open(source)
-    return Image.open(BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"])
+        file = source
+    else:
+        file = BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:  # no OSError, and it doesn't name the file
+        raise OSError(
+            f"{name_of(source)}: {error} If it is a picture, scale it down or cut it up, and its boxes with it."
+        ) from error
 
 
 def name_of(source: Mapping | str) -> str:
@@ -84,7 +91,7 @@ def header_of(image: Image.Image) -> ImageHeader:
 
 
 def read_header(source: Mapping | str) -> ImageHeader:
-    """The header of an image file. Raises `OSError` where it is missing or no image."""
+    """The header of an image file. Raises `OSError` where `open_image` does."""
     with open_image(source) as image:
         return header_of(image)
 

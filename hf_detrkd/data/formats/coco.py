@@ -13,6 +13,7 @@ from ..schema import Row, objects_of, split_name
 from .columns import is_box
 
 ROBOFLOW = "_annotations.coco.json"
+CROWD_FLAGS = (None, 0, 1, "0", "1")
 
 
 def finds(folder: Path) -> bool:
@@ -141,6 +142,8 @@ def _rows(
             findings.append(Finding(problem, str(path), row, annotation.get("category_id"), advice=advice))
         elif not is_box(box):
             findings.append(Finding("a bbox needs four numbers", str(path), row, box))
+        elif annotation.get("iscrowd") not in CROWD_FLAGS:
+            findings.append(Finding("iscrowd must be 0 or 1", str(path), row, annotation["iscrowd"]))
         else:
             annotations[annotation["image_id"]].append(annotation)
     images = _image_folder(folder, split, path, content["images"])
@@ -151,9 +154,8 @@ def _rows(
         if not width or not height:
             try:
                 width, height = read_header(str(file)).upright
-            except OSError:
-                problem = "missing or unreadable image"
-                findings.append(Finding(problem, str(path), f"images[{index}]", image.get("file_name")))
+            except OSError as error:
+                findings.append(Finding("missing or unreadable image", str(path), f"images[{index}]", error))
                 continue
         own = annotations[image.get("id")]
         objects = objects_of(
@@ -164,7 +166,7 @@ def _rows(
             height,
             id=[annotation.get("id", number) for number, annotation in enumerate(own)],
             area=[annotation.get("area") for annotation in own],
-            iscrowd=[int(annotation.get("iscrowd", 0)) for annotation in own],
+            iscrowd=[annotation.get("iscrowd") for annotation in own],
         )
         rows.append(
             {"image": str(file), "image_id": image.get("id"), "width": width, "height": height, "objects": objects}

@@ -108,8 +108,8 @@ def _row(line: Line, classes: ClassNames, box_format: str, findings: list[Findin
     if not width or not height:
         try:
             width, height = read_header(str(file)).upright
-        except OSError:
-            findings.append(Finding("missing or unreadable image", str(line.path), where, record["file_name"]))
+        except OSError as error:
+            findings.append(Finding("missing or unreadable image", str(line.path), where, error))
             return None
     parts = read_objects(line.objects, line.keys, classes, str(line.path), where, findings)
     if parts is None:
