@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import struct
 import time
+import zlib
 
 import datasets
 import numpy as np
@@ -248,11 +250,75 @@ def test_other_modes_are_converted_and_counted(tmp_path, mode, suffix):
     np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB")))
 
 
+def test_an_image_of_more_pixels_than_pil_opens(tmp_path, monkeypatch):
+    """Where its size is declared the checks find it, and where it isn't the readers."""
+    path = tmp_path / "train" / "a.png"
+    path.parent.mkdir()
+    tiny.picture((40, 30)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    told = f"{path}: Image size (1200 pixels) exceeds limit of 1000 pixels"
+    (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
+    assert finding.problem == "missing or unreadable image" and str(finding.value).startswith(told)
+    assert "scale it down or cut it up, and its boxes with it" in str(finding.value)
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png"}')
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(tmp_path)
+    assert "missing or unreadable image" in str(error.value) and told in str(error.value)
+    with pytest.raises(ValueError, match="1200 pixels"):
+        read_pixels(str(path), 40, 30)
+
+
 def test_more_than_8_bits_stop(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.full((30, 40), 4000, dtype=np.uint16)).save(path)
     (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
     assert finding.problem == "more than 8 bits a channel" and finding.value.startswith("I")
+
+
+def colour_png_of_16_bits(path, colour: int, channels: int) -> None:
+    """PIL reads such files, and writes none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 40, 30, 16, colour, 0, 0, 0)
+    pixels = zlib.compress(30 * (b"\0" + 40 * channels * b"\x0f\xa0"))
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+@pytest.mark.parametrize(
+    ("colour", "channels", "value"),
+    [(2, 3, "RGB;16B"), (4, 2, "LA;16B"), (6, 4, "RGBA;16B")],
+    ids=["RGB", "LA", "RGBA"],
+)
+def test_colour_of_more_than_8_bits_stops_too(tmp_path, colour, channels, value):
+    """PIL would keep the high byte of each channel: 12-bit pictures would be nearly black."""
+    path = tmp_path / "a.png"
+    colour_png_of_16_bits(path, colour, channels)
+    (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
+    assert (finding.problem, finding.value) == ("more than 8 bits a channel", value)
+
+
+def test_a_tiff_with_colours_of_16_bits_stops_too(tmp_path):
+    path = tmp_path / "a.tif"
+    tiny.picture((40, 30)).save(path)
+    content = path.read_bytes().replace(struct.pack("<HHH", 8, 8, 8), struct.pack("<HHH", 16, 16, 16), 1)
+    path.write_bytes(content + bytes(40 * 30 * 3))
+    (finding,) = findings_of(one_split(row(path, boxes=[(1, 1, 4, 4)])))
+    assert (finding.problem, finding.value) == ("more than 8 bits a channel", "RGB;16L")
+
+
+def test_16_bits_a_pixel_are_fine(tmp_path):
+    """A BMP with 5, 6 and 5 bits for red, green and blue."""
+    path = tmp_path / "a.bmp"
+    size = 40 * 30 * 2
+    header = b"BM" + struct.pack("<IHHI", 66 + size, 0, 0, 66)
+    header += struct.pack("<IiiHHIIiiII", 40, 40, 30, 1, 16, 3, size, 0, 0, 0, 0) + struct.pack(
+        "<III", 0xF800, 0x7E0, 0x1F
+    )
+    path.write_bytes(header + bytes(size))
+    assert check_dataset(one_split(row(path, boxes=[(1, 1, 4, 4)])))[1].findings == ()
 
 
 def test_another_size_than_declared_stops(image):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import datasets
 import numpy as np
 import pytest
 import tiny_datasets as tiny
 
-from hf_detrkd.data import DatasetError, keep_classes, load_detection_dataset, split_off_validation
+from hf_detrkd.data import DatasetError, check_dataset, keep_classes, load_detection_dataset, split_off_validation
 from hf_detrkd.data.schema import BOX_FORMATS, class_names_of, split_name, to_xywh, whole_ids
 
 WRITERS = {
@@ -106,6 +107,27 @@ def test_objects_as_a_list_of_dicts_and_names_as_ids(tmp_path):
     train = load_detection_dataset(tmp_path / "set")["train"]
     assert objects_by_name(train) == [[("owl", [1, 1, 4, 4])]] * 2
     assert train["image_id"] == [0, 1] and train[0]["objects"]["area"] == [16.0]
+
+
+def with_another_picture(split: datasets.Dataset, name: str) -> datasets.Dataset:
+    """The split with a grey picture of each image in a first column, as a depth map."""
+    grey = [tiny.picture(image.size).convert("L") for image in split["image"]]
+    other = datasets.Dataset.from_dict({name: grey}, features=datasets.Features({name: datasets.Image()}))
+    return datasets.concatenate_datasets([other, split], axis=1)
+
+
+def test_of_several_image_columns_the_one_called_image_is_read(tmp_path):
+    with_another_picture(tiny.hub_split("train"), "depth").save_to_disk(tmp_path / "set")
+    assert {image.mode for image in load_detection_dataset(tmp_path / "set")["train"]["image"]} == {"RGB"}
+
+
+def test_several_image_columns_of_which_none_is_called_image(tmp_path):
+    split = with_another_picture(tiny.hub_split("train"), "depth").rename_column("image", "photo")
+    split.save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"several image columns, \['depth', 'photo'\].*Rename.*`image`"):
+        load_detection_dataset(tmp_path / "set")
+    split.remove_columns("depth").save_to_disk(tmp_path / "one")
+    assert load_detection_dataset(tmp_path / "one")["train"][0]["image"].mode == "RGB"
 
 
 def test_a_set_without_boxes_is_refused_with_its_columns(tmp_path):
@@ -231,6 +253,37 @@ def test_coco_problems(edit, problem, row, value, tmp_path):
     assert problem in str(error.value) and row in str(error.value)
 
 
+def test_coco_iscrowd_may_be_null(tmp_path):
+    folder = tiny.write_coco(tmp_path / "set")
+    change(folder / "annotations" / "instances_train.json", lambda c: c["annotations"][0].update(iscrowd=None))
+    assert load_detection_dataset(folder)["train"]["objects"][0]["iscrowd"] == [0, 0]
+
+
+@pytest.mark.parametrize("given", ["yes", [0]])
+def test_coco_iscrowd_that_is_none(given, tmp_path):
+    folder = tiny.write_coco(tmp_path / "set")
+    path = folder / "annotations" / "instances_train.json"
+    change(path, lambda c: c["annotations"][1].update(iscrowd=given))
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.problem, finding.file) == ("iscrowd must be 0 or 1", str(path))
+    assert (finding.row, finding.value) == ("annotations[1] (id 1001)", given)
+
+
+def test_object_ids_that_are_names_or_too_long_are_numbered(tmp_path):
+    coco, imagefolder = tiny.write_coco(tmp_path / "coco"), tiny.write_imagefolder(tmp_path / "imagefolder")
+    change(
+        coco / "annotations" / "instances_train.json",
+        lambda c: [a.update(id=name) for a, name in zip(c["annotations"], ["f3", "a0", 10**20, None], strict=True)],
+    )
+    path = imagefolder / "train" / "metadata.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first.replace('"id": [0, 1]', '"id": ["f3", "a0"]'), *others]))
+    for folder in (coco, imagefolder):
+        assert [o["id"] for o in load_detection_dataset(folder)["train"]["objects"]] == [[0, 1], [], [0, 1]]
+
+
 def test_coco_classes_that_differ_between_splits(tmp_path):
     folder = tiny.write_coco(tmp_path / "set")
     change(folder / "annotations" / "instances_val.json", lambda c: c["categories"][0].update(name="fish"))
@@ -291,6 +344,45 @@ def test_yolo_problems_name_the_line(line, problem, tmp_path):
     assert (finding.file, finding.row, finding.value) == (str(path), "line 3", line)
 
 
+def pose(folder, shape: str, line: str):
+    """The labels of image a2 as Ultralytics' pose labels: behind the box stand keypoints."""
+    (folder / "data.yaml").write_text((folder / "data.yaml").read_text() + f"kpt_shape: {shape}\n")
+    for path in folder.glob("labels/*/*.txt"):
+        path.unlink()
+    path = folder / "labels" / "train" / "a2.txt"
+    path.write_text(line + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("shape", "point"), [("[3, 2]", " 0.1 0.1"), ("[4, 3]", " 0.1 0.1 2")])
+def test_yolo_pose_labels_begin_with_the_box(shape, point, tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    pose(folder, shape, "0 0.5 0.5 0.2 0.4" + int(shape[1]) * point)
+    assert objects_by_name(load_detection_dataset(folder)["train"])[1] == [("cat", [8.0, 15.0, 4.0, 20.0])]
+
+
+@pytest.mark.parametrize("values", ["0.5 0.5 0.2 0.4", "0.5 0.5 0.2 0.4" + " 0.1" * 4, "0.5 0.5 0.2 0.4" + " 0.1" * 7])
+def test_yolo_pose_labels_of_another_length_are_refused(values, tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    path = pose(folder, "[2, 3]", f"0 {values}")
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.problem, finding.file) == ("a pose label needs a class, 4 box values and the keypoints", str(path))
+    assert (finding.row, finding.value) == ("line 1", f"0 {values}")
+    assert finding.advice == "kpt_shape [2, 3] makes 11 numbers a line"
+
+
+@pytest.mark.parametrize("shape", ["17", "[17]", "[a, 3]"])
+def test_yolo_kpt_shape_that_is_none(shape, tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    (folder / "data.yaml").write_text((folder / "data.yaml").read_text() + f"kpt_shape: {shape}\n")
+    with pytest.raises(DatasetError, match="kpt_shape needs two whole numbers") as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.file, finding.row) == (str(folder / "data.yaml"), "kpt_shape")
+
+
 def test_yolo_polygons_lists_and_roboflows_paths(tmp_path):
     folder = tiny.write_yolo(tmp_path / "set")
     (folder / "labels" / "train" / "a2.txt").write_text("1 0.1 0.2 0.5 0.2 0.5 0.6\n")
@@ -299,6 +391,27 @@ def test_yolo_polygons_lists_and_roboflows_paths(tmp_path):
     loaded = load_detection_dataset(folder / "data.yaml")
     assert objects_by_name(loaded["train"])[1] == [("dog", [2.0, 10.0, 8.0, 20.0])]
     assert len(loaded["train"]) == 2 and len(loaded["validation"]) == 1
+
+
+@pytest.mark.parametrize(("names", "ids"), [(("7", "7"), [0, 1]), (("7", "0008"), [7, 8])])
+def test_yolo_names_may_recur_in_subfolders(names, ids, tmp_path):
+    """As with cameras that each count from 1; where none recurs, the ids are the names' digits."""
+    for camera, name in zip(("cam1", "cam2"), names, strict=True):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / camera).mkdir(parents=True)
+        tiny.picture((20, 10)).save(tmp_path / "images" / camera / f"{name}.png")
+        (tmp_path / "labels" / camera / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (tmp_path / "data.yaml").write_text("train: [images/cam1, images/cam2]\nnames: [cat]\n")
+    split, report = check_dataset(load_detection_dataset(tmp_path)["train"])
+    assert split["image_id"][:] == ids and report.findings == ()
+
+
+def test_yolo_image_listed_twice_is_still_found(tmp_path):
+    folder = tiny.write_yolo(tmp_path / "set")
+    tiny.picture((20, 10)).save(folder / "images" / "val" / "a1.png")
+    (folder / "data.yaml").write_text("train: [images/train, images/val, images/val]\nnames: [cat, dog, bird]\n")
+    with pytest.raises(DatasetError, match=r"image id used twice \(2x\)"):
+        check_dataset(load_detection_dataset(folder))
 
 
 def test_yolo_without_its_image_folder(tmp_path):
@@ -318,6 +431,25 @@ def test_voc_problems(tmp_path):
     broken, unknown = error.value.findings
     assert broken.problem == "missing or broken annotation file"
     assert (unknown.file, unknown.row, unknown.value) == (str(path), "object 0", "cow")
+
+
+@pytest.mark.parametrize("given", ["Unspecified", "unspecified", ""])
+def test_voc_difficult_may_be_unspecified(given, tmp_path):
+    folder = tiny.write_voc(tmp_path / "set")
+    path = folder / "Annotations" / "a3.xml"
+    path.write_text(path.read_text().replace("<difficult>0<", f"<difficult>{given}<"))
+    assert load_detection_dataset(folder)["train"]["objects"][2]["iscrowd"] == [1, 0]
+
+
+def test_voc_difficult_that_is_no_number(tmp_path):
+    folder = tiny.write_voc(tmp_path / "set")
+    path = folder / "Annotations" / "a3.xml"
+    path.write_text(path.read_text().replace("<difficult>0<", "<difficult>maybe<"))
+    with pytest.raises(DatasetError) as error:
+        load_detection_dataset(folder)
+    (finding,) = error.value.findings
+    assert (finding.problem, finding.file) == ("difficult must be 0 or 1", str(path))
+    assert (finding.row, finding.value) == ("object 1", "maybe")
 
 
 def test_voc_without_lists_is_all_train(tmp_path):
@@ -347,6 +479,56 @@ def test_split_names(name, usual):
     assert split_name(name) == usual
 
 
+def coco_of_two_years(folder):
+    tiny.write_coco(folder)
+    for name in ("train2014", "train2017"):
+        (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(tiny.coco_content("train")))
+    (folder / "annotations" / "instances_train.json").unlink()
+    return {"train2014": 3, "train2017": 3, "validation": 1}
+
+
+def yolo_with_val_and_valid(folder):
+    tiny.write_yolo(folder)
+    (folder / "data.yaml").write_text(
+        "train: images/train\nval: images/val\nvalid: images/train\nnames: [cat, dog, bird]"
+    )
+    return {"train": 3, "val": 1, "valid": 3}
+
+
+def voc_of_two_years(folder):
+    lists = tiny.write_voc(folder) / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "train2007.txt")
+    (lists / "train2012.txt").write_text("a1\n")
+    return {"train2007": 3, "train2012": 1, "validation": 1}
+
+
+def imagefolder_with_val_and_dev(folder):
+    tiny.write_imagefolder(folder)
+    shutil.copytree(folder / "train", folder / "dev")
+    return {"dev": 3, "train": 3, "val": 1}
+
+
+def saved_with_validation_and_dev(folder):
+    train, val = tiny.hub_split("train"), tiny.hub_split("val")
+    datasets.DatasetDict(train=train, validation=val, dev=train).save_to_disk(folder)
+    return {"train": 3, "validation": 1, "dev": 3}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        coco_of_two_years,
+        yolo_with_val_and_valid,
+        voc_of_two_years,
+        imagefolder_with_val_and_dev,
+        saved_with_validation_and_dev,
+    ],
+)
+def test_splits_of_one_usual_name_keep_their_own(write, tmp_path):
+    expected = write(tmp_path / "set")
+    assert {name: len(split) for name, split in load_detection_dataset(tmp_path / "set").items()} == expected
+
+
 @pytest.mark.parametrize(
     ("given", "numbers"),
     [
@@ -356,6 +538,10 @@ def test_split_names(name, usual):
         (["01", "1"], [0, 1]),
         ([None, None], [0, 1]),
         ([4, 4], [4, 4]),
+        ([2**53, 3], [2**53, 3]),  # evaluation keeps ids in float64
+        ([2**53 + 1, 3], [0, 1]),
+        ([-(2**60), -(2**60)], [0, 0]),
+        (["20230101123456789012", "20230101123456789013"], [0, 1]),
     ],
 )
 def test_whole_ids(given, numbers):

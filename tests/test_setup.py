@@ -84,6 +84,23 @@ def test_a_name_that_is_not_there_is_refused(part):
         chosen(rows("train", "validation"), flags(**{part: "tets"}))
 
 
+@pytest.mark.parametrize(
+    ("names", "part"),
+    [
+        (("train2014", "train2017", "validation"), "train"),
+        (("train", "val", "dev"), "validation"),
+        (("train", "validation", "test2015", "test2017"), "test"),
+    ],
+)
+def test_of_two_splits_of_one_usual_name_one_must_be_chosen(names, part):
+    """Neither is skipped for a share of train or for the validation split."""
+    splits = rows(*names)
+    with pytest.raises(ValueError, match=rf"no split '{part}'; it has .*'{names[-2]}'.*--dataset_{part}_split"):
+        chosen(splits, flags())
+    name = next(name for name in names if name not in ALL)
+    assert {row.split()[0] for row in chosen(splits, flags(**{part: name}))[part]} == {name}
+
+
 def test_one_part_needs_no_other():
     splits = rows("test", "night")
     assert chosen(splits, flags(), ["test"]) == {"test": splits["test"]["row"][:]}

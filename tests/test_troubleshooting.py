@@ -101,6 +101,13 @@ def other_columns() -> None:
     load_detection_dataset("saved")
 
 
+def two_pictures() -> None:
+    objects = {"bbox": [[1.0, 1.0, 4.0, 4.0]], "category": ["car"]}
+    row = {"depth": tiny_datasets.picture((8, 8)), "photo": tiny_datasets.picture((8, 8)), "objects": objects}
+    datasets.Dataset.from_list([row]).save_to_disk("saved")
+    load_detection_dataset("saved")
+
+
 def empty_folder() -> None:
     Path("empty").mkdir()
     load_detection_dataset("empty")
@@ -129,6 +136,7 @@ DATA: list[Trouble] = [
     lambda patch: load_detection_dataset("./nowhere"),
     lambda patch: empty_folder(),
     lambda patch: other_columns(),
+    lambda patch: two_pictures(),
     lambda patch: setup.load_data(DataArguments(dataset_name=tiny_data(), dataset_train_split="labelled"), seed=0),
     lambda patch: keep_classes(load_detection_dataset(tiny_data()), ["cow"]),
     lambda patch: broken_inside(),

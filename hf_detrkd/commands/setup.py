@@ -120,16 +120,17 @@ def choose_splits(
     A share of train is held out for validation where the flags name the training split for it, or where there is no
     split `validation` and they name no other. Without a split `test` the validation split's numbers are the final ones.
     `val`, `valid`, `train2017` and so on are the splits' usual names too. Any other name that the data set doesn't have
-    is refused.
+    is refused, and a usual one where several splits have kept their own names because they would share it.
     """
     train, validation, test = (
         name if name in splits else split_name(name)  # loading gave the splits their usual names
         for name in (arguments.dataset_train_split, arguments.dataset_validation_split, arguments.dataset_test_split)
     )
-    no_test = test == "test" and test not in splits
+    usual = set(map(split_name, splits))
+    no_test = test == "test" and test not in usual
     if no_test:
         test = validation
-    hold_out = validation == train or (validation == "validation" and validation not in splits)
+    hold_out = validation == train or (validation == "validation" and validation not in usual)
     if hold_out:
         held_out = "held_out" if "validation" in splits else "validation"
         while held_out in splits:  # somebody's own

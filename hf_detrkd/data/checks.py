@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .box_checks import Boxes, object_lists
 from .findings import DatasetError, Finding, Report
-from .images import UNSAFE_MODES, is_truncated, name_of, read_header
+from .images import is_truncated, name_of, read_header
 from .schema import category_feature
 
 Splits = TypeVar("Splits", datasets.Dataset, datasets.DatasetDict)
@@ -131,7 +131,7 @@ def _check_image(file: dict, where: str, row: str, width: int, height: int) -> F
         advice = "the boxes belong to another version of this image, or the declared size is wrong"
         value = f"declared {width}x{height}, the file has {header.width}x{header.height}"
         return Finding("image of another size than declared", where, row, value, advice=advice)
-    if header.mode in UNSAFE_MODES:
+    if header.is_deep:
         advice = "bring it to 8 bits with the contrast you want"
         return Finding("more than 8 bits a channel", where, row, header.mode, advice=advice)
     if header.orientation != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,8 +15,12 @@ from torch import Tensor
 QUARTER_TURNS = frozenset({5, 6, 7, 8})
 """EXIF orientations that exchange width and height (EXIF 2.32, tag 0x0112)."""
 
-UNSAFE_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "F"})
+DEEP_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "F"})
 """PIL modes with more than 8 bits a channel: ``convert("RGB")`` clips them at 255."""
+
+DEEP_COLOUR = re.compile(r"\w+;16[BLN]\b")
+"""Raw modes of 16 bits a channel end in the byte order. PIL opens colour of them as RGB and keeps the high byte;
+``BGR;16`` has 16 bits a pixel."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,15 @@ class ImageHeader:
     """Width of the stored pixels, before any rotation."""
     height: int
     mode: str
-    """PIL mode: ``RGB``, ``L``, ``P``, ``RGBA``, ..."""
+    """PIL mode: ``RGB``, ``L``, ``P``, ``RGBA``, ...; for colour with more than 8 bits a channel the raw mode, as
+    ``RGB;16B``."""
     orientation: int
     """EXIF orientation, 1 to 8; 1 is upright and the value where there is none."""
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether a channel has more than 8 bits, which a conversion to RGB would clip or cut off."""
+        return self.mode in DEEP_MODES or DEEP_COLOUR.search(self.mode) is not None
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -46,10 +57,17 @@ class ImageHeader:
 
 def open_image(source: Mapping | str) -> Image.Image:
     """The image, not yet decoded. ``source``: a path, or ``{"path", "bytes"}`` as `datasets.Image(decode=False)`
-    gives."""
+    gives. Raises `OSError` where it is missing, no image, or has more pixels than PIL opens."""
     if isinstance(source, str):
-        return Image.open(source)
-    return Image.open(BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"])
+        file = source
+    else:
+        file = BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:  # no OSError, and it doesn't name the file
+        raise OSError(
+            f"{name_of(source)}: {error} If it is a picture, scale it down or cut it up, and its boxes with it."
+        ) from error
 
 
 def name_of(source: Mapping | str) -> str:
@@ -62,15 +80,18 @@ def name_of(source: Mapping | str) -> str:
 def header_of(image: Image.Image) -> ImageHeader:
     """The header of an opened image. For a PNG, whose `getexif` would decode the whole image, only what stands before
     the pixels counts."""
+    # the decoder's settings for the first piece of the file: its raw mode, or a tuple that has it
+    deep = DEEP_COLOUR.search(str(image.tile[0][-1])) if image.tile else None
+    mode = deep.group() if deep else image.mode
     if image.format == "PNG" and "exif" not in image.info:
         orientation = 1
     else:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return ImageHeader(*image.size, image.mode, orientation if orientation in range(1, 9) else 1)
+    return ImageHeader(*image.size, mode, orientation if orientation in range(1, 9) else 1)
 
 
 def read_header(source: Mapping | str) -> ImageHeader:
-    """The header of an image file. Raises `OSError` where it is missing or no image."""
+    """The header of an image file. Raises `OSError` where `open_image` does."""
     with open_image(source) as image:
         return header_of(image)
 

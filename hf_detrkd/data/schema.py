@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypedDict, get_args
 
@@ -111,6 +112,14 @@ def split_name(name: str) -> str:
     return name
 
 
+def split_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of a data set's splits -> their usual names (`split_name`); splits that would share one (``train2014``
+    and ``train2017``) keep their own, for the user to choose."""
+    usual = {name: split_name(name) for name in names}
+    count = Counter(usual.values())
+    return {own: name if count[name] == 1 else own for own, name in usual.items()}
+
+
 _SPLITS = {
     "train": {"train", "training"},
     "validation": {"val", "valid", "validation", "dev"},
@@ -138,11 +147,12 @@ def objects_of(
     width: int,
     height: int,
     *,
-    id: Sequence[int] | None = None,
+    id: Sequence[int | str | None] | None = None,
     area: Sequence[float | None] | None = None,
-    iscrowd: Sequence[int] | None = None,
+    iscrowd: Sequence[int | None] | None = None,
 ) -> Objects:
-    """The objects of one image in the schema; what a format doesn't have is filled in (ids from 0, area of the box)."""
+    """The objects of one image in the schema; what a format doesn't have is filled in (ids from 0, area of the box),
+    and so are areas and crowd flags that are None; ids by `whole_ids`."""
     xywh = to_xywh(np.array(list(bbox), dtype=np.float64), box_format, width, height)
     box_area = (xywh[:, 2] * xywh[:, 3]).tolist()
     if area is None or box_format.endswith("_normalized"):
@@ -150,20 +160,25 @@ def objects_of(
     else:
         area = [own if given is None else given for given, own in zip(area, box_area, strict=True)]
     return {
-        "id": list(range(len(xywh))) if id is None else list(id),
+        "id": list(range(len(xywh))) if id is None else whole_ids(id),
         "bbox": xywh.tolist(),
         "category": list(category),
         "area": area,
-        "iscrowd": [0] * len(xywh) if iscrowd is None else list(iscrowd),
+        "iscrowd": [0] * len(xywh) if iscrowd is None else [int(flag or 0) for flag in iscrowd],
     }
 
 
+LARGEST_ID = 2**53
+"""Evaluation passes image ids in float64, which holds whole numbers up to here."""
+
+
 def whole_ids(ids: Sequence[int | str | None]) -> list[int]:
-    """Image ids as integers: as they are, or their digits, or, for other names, numbered in order (a name used twice
-    keeps one number, so that the checks find it)."""
+    """Ids as integers: as they are, or their digits, or, for other names and beyond `LARGEST_ID`, numbered in order (a
+    name used twice keeps one number, so that the checks find it)."""
     try:
         whole = [int(value) for value in ids if value is not None]
-        if len(whole) == len(ids) and len(set(whole)) == len(set(ids)):
+        distinct = len(whole) == len(ids) and len(set(whole)) == len(set(ids))
+        if distinct and all(abs(number) <= LARGEST_ID for number in whole):
             return whole
     except ValueError:
         pass

@@ -10,12 +10,13 @@ from pathlib import Path
 import datasets
 
 from ..findings import DatasetError, Finding
-from ..schema import BOX_FORMATS, BoxFormat, to_split
+from ..schema import BOX_FORMATS, BoxFormat, split_names, to_split
 from ..shapes import SHAPES, generate_shapes
 from . import coco, columns, imagefolder, voc, yolo
 
 READERS = {"coco": coco, "yolo": yolo, "voc": voc, "imagefolder": imagefolder}
-"""Folder formats in the order they are tried: each has ``finds(folder)`` and ``read(folder, box_format, findings)``."""
+"""Folder formats in the order they are tried: each has ``finds(folder)`` and ``read(folder, box_format, findings)``,
+with splits under their own names."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def load_detection_dataset(
     token: str | bool | None = None,
 ) -> datasets.DatasetDict:
     """A detection data set in one schema, with the splits it has among train, validation, test (others keep their
-    name).
+    name, and so do several that would have one of these, as train2014 and train2017).
 
     Args:
         path_or_name: a folder (COCO json, YOLO with its data.yaml or the yaml itself, Pascal VOC, imagefolder with
@@ -80,7 +81,8 @@ def load_detection_dataset(
         _stop_at(findings)
         result = datasets.DatasetDict({split: to_split(split_rows, class_names) for split, split_rows in rows.items()})
     _stop_at(findings)
-    return result
+    usual = split_names(result)
+    return datasets.DatasetDict({usual[name]: split for name, split in result.items()})
 
 
 def detect_format(folder: Path) -> str:

@@ -13,6 +13,7 @@ from ..schema import Row, objects_of, split_name
 from .columns import is_box
 
 ROBOFLOW = "_annotations.coco.json"
+CROWD_FLAGS = (None, 0, 1, "0", "1")
 
 
 def finds(folder: Path) -> bool:
@@ -44,7 +45,7 @@ def _annotation_files(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.glob("annotations/*.json"))
         if split_name(path.stem) in ("train", "validation", "test")
     }
-    return {split_name(name): path for name, path in (roboflow or instances or plain).items()}
+    return roboflow or instances or plain
 
 
 def _load(path: Path, findings: list[Finding]) -> dict:
@@ -141,6 +142,8 @@ def _rows(
             findings.append(Finding(problem, str(path), row, annotation.get("category_id"), advice=advice))
         elif not is_box(box):
             findings.append(Finding("a bbox needs four numbers", str(path), row, box))
+        elif annotation.get("iscrowd") not in CROWD_FLAGS:
+            findings.append(Finding("iscrowd must be 0 or 1", str(path), row, annotation["iscrowd"]))
         else:
             annotations[annotation["image_id"]].append(annotation)
     images = _image_folder(folder, split, path, content["images"])
@@ -151,9 +154,8 @@ def _rows(
         if not width or not height:
             try:
                 width, height = read_header(str(file)).upright
-            except OSError:
-                problem = "missing or unreadable image"
-                findings.append(Finding(problem, str(path), f"images[{index}]", image.get("file_name")))
+            except OSError as error:
+                findings.append(Finding("missing or unreadable image", str(path), f"images[{index}]", error))
                 continue
         own = annotations[image.get("id")]
         objects = objects_of(
@@ -164,7 +166,7 @@ def _rows(
             height,
             id=[annotation.get("id", number) for number, annotation in enumerate(own)],
             area=[annotation.get("area") for annotation in own],
-            iscrowd=[int(annotation.get("iscrowd", 0)) for annotation in own],
+            iscrowd=[annotation.get("iscrowd") for annotation in own],
         )
         rows.append(
             {"image": str(file), "image_id": image.get("id"), "width": width, "height": height, "objects": objects}
@@ -176,8 +178,8 @@ def _image_folder(folder: Path, split: str, path: Path, images: list[dict]) -> P
     """The folder the file names are relative to: beside a Roboflow json, else one named after the annotation file."""
     if path.name == ROBOFLOW:
         return path.parent
-    name = path.stem.removeprefix("instances_")
-    candidates = [folder / place for place in (f"images/{name}", name, f"images/{split}", split, "images", ".")]
+    usual = split_name(split)
+    candidates = [folder / place for place in (f"images/{split}", split, f"images/{usual}", usual, "images", ".")]
     for candidate in candidates:
         if any((candidate / str(image.get("file_name"))).is_file() for image in images[:10]):
             return candidate

@@ -9,7 +9,7 @@ import datasets
 
 from ..findings import Finding
 from ..images import name_of, read_header
-from ..schema import detection_features, objects_of, split_name, whole_ids
+from ..schema import detection_features, objects_of, whole_ids
 
 BOX_KEYS = ("bbox", "bboxes", "boxes")
 CATEGORY_KEYS = ("category", "categories", "category_id", "label", "labels", "class", "classes")
@@ -92,15 +92,25 @@ def object_keys(available: Iterable[str]) -> dict[str, str | None]:
 def to_schema(
     splits: dict[str, datasets.Dataset], box_format: str | None, findings: list[Finding]
 ) -> datasets.DatasetDict:
-    """Every split in the schema of `detection_features`. Raises `ValueError` where the columns are not detection's."""
+    """Every split in the schema of `detection_features`. Of several image columns the one called ``image`` is taken.
+
+    Raises:
+        ValueError: the columns are not detection's, or of several image columns none is called ``image``.
+    """
     first = next(iter(splits.values()))
-    image_column = next((name for name, kind in first.features.items() if isinstance(kind, datasets.Image)), None)
-    if image_column is None or "objects" not in first.features:
+    image_columns = [name for name, kind in first.features.items() if isinstance(kind, datasets.Image)]
+    if not image_columns or "objects" not in first.features:
         raise ValueError(
             f"The data set has the columns {list(first.features)}, but an image column and `objects` with boxes "
             "and classes are needed, as in https://huggingface.co/datasets/cppe-5. Rename the columns, or save the set "
             "as COCO json, YOLO, Pascal VOC or imagefolder with metadata.jsonl."
         )
+    if len(image_columns) > 1 and "image" not in image_columns:
+        raise ValueError(
+            f"The data set has several image columns, {image_columns}, and none of them is called `image`: boxes belong "
+            "to one. Rename that column to `image`, with `rename_column`, or remove the others."
+        )
+    image_column = "image" if "image" in image_columns else image_columns[0]
     inner = _inner(first.features["objects"])
     keys = object_keys(inner)
     if None in keys.values():
@@ -131,7 +141,7 @@ def to_schema(
         image = split.select_columns([image_column])
         image = image if image_column == "image" else image.rename_column(image_column, "image")
         others = datasets.Dataset.from_dict(columns, features=features.__class__({k: features[k] for k in columns}))
-        result[split_name(name)] = datasets.concatenate_datasets([image, others], axis=1)
+        result[name] = datasets.concatenate_datasets([image, others], axis=1)
     return result
 
 

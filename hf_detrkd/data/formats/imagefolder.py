@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..findings import Finding
 from ..images import read_header
-from ..schema import Row, objects_of, split_name
+from ..schema import Row, objects_of
 from .columns import BOX_KEYS, CATEGORY_KEYS, ClassNames, listed, object_keys, read_objects
 
 METADATA = "metadata.jsonl"
@@ -60,7 +60,7 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
 
 def _metadata_files(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob(f"*/{METADATA}")) or sorted(folder.glob(f"images/*/{METADATA}"))
-    split_files = {split_name(path.parent.name): path for path in files}
+    split_files = {path.parent.name: path for path in files}
     return split_files or ({"train": folder / METADATA} if (folder / METADATA).is_file() else {})
 
 
@@ -108,8 +108,8 @@ def _row(line: Line, classes: ClassNames, box_format: str, findings: list[Findin
     if not width or not height:
         try:
             width, height = read_header(str(file)).upright
-        except OSError:
-            findings.append(Finding("missing or unreadable image", str(line.path), where, record["file_name"]))
+        except OSError as error:
+            findings.append(Finding("missing or unreadable image", str(line.path), where, error))
             return None
     parts = read_objects(line.objects, line.keys, classes, str(line.path), where, findings)
     if parts is None:

@@ -9,6 +9,9 @@ from ..findings import Finding
 from ..images import read_header
 from ..schema import Row, objects_of, split_name
 
+DIFFICULT = {"": 0, "0": 0, "unspecified": 0, "1": 1}
+"""What stands in ``<difficult>``; some tools write Unspecified there, as the challenge does for a pose."""
+
 
 def finds(folder: Path) -> bool:
     return (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()
@@ -46,7 +49,7 @@ def _members(folder: Path) -> dict[str, list[str]]:
     if not wanted:
         return {"train": [path.stem for path in sorted(folder.glob("Annotations/*.xml"))]}
     return {
-        split_name(name): [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        name: [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         for name, path in wanted.items()
     }
 
@@ -72,10 +75,14 @@ def _parse(folder: Path, name: str, findings: list[Finding]) -> dict | None:
                 Finding("a bndbox needs xmin, ymin, xmax, ymax", str(path), f"object {index}", item.findtext("name"))
             )
             continue
+        difficult = (item.findtext("difficult") or "").strip()
+        if difficult.lower() not in DIFFICULT:
+            findings.append(Finding("difficult must be 0 or 1", str(path), f"object {index}", difficult))
+            continue
         if from_one:
             corners[0] -= 1
             corners[1] -= 1
-        items.append(((item.findtext("name") or "").strip(), corners, int(item.findtext("difficult") or 0)))
+        items.append(((item.findtext("name") or "").strip(), corners, DIFFICULT[difficult.lower()]))
     size = [int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
     return {"path": path, "name": name, "image": image, "size": size, "items": items}
 
@@ -85,8 +92,8 @@ def _row(entry: dict, position: dict[str, int], box_format: str | None, findings
     if not width or not height:
         try:
             width, height = read_header(str(entry["image"])).upright
-        except OSError:
-            findings.append(Finding("missing or unreadable image", str(entry["path"]), "filename", entry["image"].name))
+        except OSError as error:
+            findings.append(Finding("missing or unreadable image", str(entry["path"]), "filename", error))
             return None
     for index, (name, _, _) in enumerate(entry["items"]):
         if name not in position:
@@ -100,7 +107,7 @@ def _row(entry: dict, position: dict[str, int], box_format: str | None, findings
         box_format or "xyxy",
         width,
         height,
-        iscrowd=[int(bool(difficult)) for _, _, difficult in entry["items"]],
+        iscrowd=[difficult for _, _, difficult in entry["items"]],
     )
     image = str(entry["image"])
     return {"image": image, "image_id": entry["name"], "width": width, "height": height, "objects": objects}

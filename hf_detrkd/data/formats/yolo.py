@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,8 @@ from ..findings import Finding
 from ..images import read_header
 from ..schema import Row, objects_of
 
-SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+SPLITS = ("train", "val", "valid", "validation", "test")
+"""Keys of the yaml."""
 
 
 def finds(folder: Path) -> bool:
@@ -19,8 +21,8 @@ def finds(folder: Path) -> bool:
 
 
 def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple[list[str], dict[str, list[Row]]]:
-    """Class names and rows of every split. A line is ``class cx cy w h``, normalised, or a polygon, whose box is
-    taken; an image without a label file has no objects."""
+    """Class names and rows of every split. A line is ``class cx cy w h``, normalised, with keypoints behind it where the
+    yaml has a ``kpt_shape``, or a polygon, whose box is taken; an image without a label file has no objects."""
     path = _settings_file(folder)
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = settings["names"]
@@ -31,17 +33,21 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
         )
     names = {number: str(names[number]) for number in sorted(names)}
     position = {number: index for index, number in enumerate(names)}
+    keypoints = _keypoints(path, settings, findings)
     rows: dict[str, list[Row]] = {}
-    for split, keys in SPLITS.items():
-        places = next((settings[key] for key in keys if settings.get(key)), None)
-        if places is None:
-            continue
-        rows[split] = []
-        for place in places if isinstance(places, list) else [places]:
-            for image in _images(path, settings, str(place), findings):
-                row = _row(image, position, box_format or "cxcywh_normalized", findings)
-                if row is not None:
-                    rows[split].append(row)
+    for split in filter(settings.get, SPLITS):
+        places = settings[split]
+        images = [
+            image
+            for place in (places if isinstance(places, list) else [places])
+            for image in _images(path, settings, str(place), findings)
+        ]
+        named = _ids(images)
+        rows[split] = [
+            row
+            for image in images
+            if (row := _row(image, named[image], position, keypoints, box_format or "cxcywh_normalized", findings))
+        ]
     return list(names.values()), rows
 
 
@@ -53,6 +59,18 @@ def _settings_file(folder: Path) -> Path | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "names" in content and {"train", "val", "test"} & content.keys():
             return path
+    return None
+
+
+def _keypoints(path: Path, settings: dict, findings: list[Finding]) -> list[int] | None:
+    """How many keypoints the objects of a pose data set have, and how many values each; None where it is no pose data
+    set. Nothing in the label files tells their lines from polygons."""
+    shape = settings.get("kpt_shape")
+    if shape is None or (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+        return shape
+    findings.append(
+        Finding("kpt_shape needs two whole numbers", str(path), "kpt_shape", shape, advice="[keypoints, 2 or 3 values]")
+    )
     return None
 
 
@@ -73,6 +91,14 @@ def _images(path: Path, settings: dict, place: str, findings: list[Finding]) -> 
     return sorted(file for file in found.rglob("*") if file.suffix.lower() in extensions)
 
 
+def _ids(images: list[Path]) -> dict[Path, str]:
+    """The image ids: the files' names, or their paths where a name recurs in another folder (cameras that each count
+    from 1). A file listed twice keeps one id, so that the checks find it."""
+    files = set(images)
+    unique = len({file.stem for file in files}) == len(files)
+    return {file: file.stem if unique else str(file) for file in files}
+
+
 def _label_file(image: Path) -> Path:
     """The label file of an image: the last ``images`` of its path becomes ``labels``; without one it is beside it."""
     parts = list(image.with_suffix(".txt").parts)
@@ -83,7 +109,14 @@ def _label_file(image: Path) -> Path:
     return Path(*parts)
 
 
-def _row(image: Path, position: dict[int, int], box_format: str, findings: list[Finding]) -> Row | None:
+def _row(
+    image: Path,
+    image_id: str,
+    position: dict[int, int],
+    keypoints: list[int] | None,
+    box_format: str,
+    findings: list[Finding],
+) -> Row | None:
     try:
         width, height = read_header(str(image)).upright
     except OSError as error:
@@ -105,8 +138,12 @@ def _row(image: Path, position: dict[int, int], box_format: str, findings: list[
             findings.append(
                 Finding("object of an unknown class", str(label_file), f"line {number}", line, advice=advice)
             )
-        elif len(values) == 4:
-            boxes.append(values)
+        elif keypoints is not None and len(values) != 4 + prod(keypoints):
+            problem = "a pose label needs a class, 4 box values and the keypoints"
+            advice = f"kpt_shape {keypoints} makes {5 + prod(keypoints)} numbers a line"
+            findings.append(Finding(problem, str(label_file), f"line {number}", line, advice=advice))
+        elif keypoints is not None or len(values) == 4:
+            boxes.append(values[:4])
             category.append(position[int(label)])
         elif len(values) >= 6 and len(values) % 2 == 0:
             boxes.append(_polygon_box(values, box_format))
@@ -115,7 +152,7 @@ def _row(image: Path, position: dict[int, int], box_format: str, findings: list[
             problem = "a label line needs a class and 4 box values, or 3 or more polygon points"
             findings.append(Finding(problem, str(label_file), f"line {number}", line))
     objects = objects_of(boxes, category, box_format, width, height)
-    return {"image": str(image), "image_id": image.stem, "width": width, "height": height, "objects": objects}
+    return {"image": str(image), "image_id": image_id, "width": width, "height": height, "objects": objects}
 
 
 def _polygon_box(values: list[float], box_format: str) -> list[float]:
