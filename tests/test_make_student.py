@@ -348,3 +348,9 @@ def test_latencies_run_in_turn():
     assert calls == ["a", "b"] + ["a", "b"] * 3
     assert result["a"].rounds == 3 and 0 <= result["a"].median <= result["a"].p95
     assert p95([float(i) for i in range(21)]) == pytest.approx(19.0)
+
+
+def test_the_teacher_is_not_overwritten(tmp_path):
+    flags = ["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--student_decoder_layers", "1"]
+    with pytest.raises(ValueError, match="is the teacher's own folder, which the student would overwrite"):
+        command.main([*flags, "--output_dir", f"{tmp_path}/teacher/"])
