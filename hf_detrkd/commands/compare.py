@@ -17,7 +17,6 @@ and the twins that are here say that it is the same comparison: a grid can go on
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing there keeps two harnesses from working on the same cell
+    fcntl = None
 
 from ..reporting.embed import embed_files
 from ..reporting.fairness import check_fair
@@ -166,7 +170,8 @@ class Runner:
         cell.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(cell.folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             return False
@@ -179,7 +184,8 @@ class Runner:
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with open(cell.folder / "log.txt", "a") as log:
             # The run holds the lock too: it is free when nobody works on the cell, however the harness ended.
-            process = subprocess.Popen(command_of(cell), stdout=log, stderr=log, env=environment, pass_fds=[lock])
+            held = [] if fcntl is None else [lock]  # Windows can't pass any
+            process = subprocess.Popen(command_of(cell), stdout=log, stderr=log, env=environment, pass_fds=held)
         self.running[cell.name] = Running(cell, process, lock, time.monotonic())
         self.say(f"started {cell.name} ({cell.folder / 'log.txt'})")
         return True
