@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,6 +290,27 @@ def test_a_method_s_typo_is_found_before_the_teacher_is_measured(tmp_path, monke
     ):
         with pytest.raises(ValueError, match=message):
             distill.main([*flags, *more])
+
+
+def test_only_one_process_says_and_writes_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(evaluate, "evaluate_detector", lambda *_, **__: {"map": 0.5})
+    flags = ["--model_name_or_path", save(tmp_path / "model", NAMES), "--dataset_name", SHAPES]
+    capsys.readouterr()
+    results = evaluate.main([*flags, "--output", str(tmp_path / "results.json")])
+    assert results["metrics"] == {"map": 0.5} and not (tmp_path / "results.json").exists()
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=r"--config_name .*trained detector"):
+        evaluate.main([*flags, "--config_name", "s.json"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--teacher_model_name_or_path", "t"], ["--kd_weight", "3"], ["--method_config", '{"temperature": 2}']],
+)
+def test_finetune_takes_no_flags_of_distillation(tmp_path, flags):
+    with pytest.raises(ValueError, match=rf"`{flags[0][2:]}` .*finetune has no teacher.*distill\.py"):
+        finetune.main(["--model_name_or_path", "m", "--output_dir", str(tmp_path), *QUICK, *flags])
 
 
 def test_processes_resume_from_the_same_step(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from hf_detrkd.commands import records
 from hf_detrkd.commands.arguments import DataArguments
-from hf_detrkd.commands.setup import choose_splits, load_data, load_part
+from hf_detrkd.commands.setup import choose_splits, load_data, load_part, write_json
 from tests import tiny_datasets
 
 
@@ -103,7 +103,8 @@ def test_loaded_from_a_folder(tmp_path, capsys):
     assert len(data.train) + len(data.validation) == 3 and len(whole.train) == 2
     test, name = load_part("test", arguments)
     assert name == "validation" and test.split["image_id"][:] == data.test.split["image_id"][:]
-    assert load_part("train", DataArguments(dataset_name=folder, max_eval_samples=1))[0].split.num_rows == 3
+    for limits, number in (({"max_eval_samples": 1}, 1), ({"max_train_samples": 2}, 2), ({}, 3)):
+        assert len(load_part("train", DataArguments(dataset_name=folder, **limits))[0]) == number
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1), ("win32", 1)])
@@ -119,3 +120,11 @@ def test_peak_memory_in_the_units_of_the_system(monkeypatch, platform, unit):
     else:
         monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=value))
     assert records.peak_memory() == 3
+
+
+def test_processes_write_json_side_by_side(tmp_path):
+    """Each into a part of its own: another's may be half written."""
+    (tmp_path / "results.json.part").write_text("another's")
+    write_json({"a": 1}, tmp_path / "results.json")
+    assert (tmp_path / "results.json.part").read_text() == "another's" and (tmp_path / "results.json").is_file()
+    assert len(list(tmp_path.iterdir())) == 2

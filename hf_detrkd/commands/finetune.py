@@ -18,6 +18,7 @@ from transformers import set_seed
 from ..config import DistillationConfig
 from ..evaluation.cost import environment
 from ..publishing import finish, open_repository, repository_of
+from ..reporting.fairness import METHOD_FIELDS
 from ..reporting.live import WriteReport
 from ..reporting.run import UNFINISHED
 from ..reporting.writing import Reports
@@ -35,6 +36,10 @@ class FinetuneConfig(DistillationConfig):
     method: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "Leave it at `none`."})
 
     def __post_init__(self):
+        ignored = METHOD_FIELDS - {"method"} | {name for name in vars(self) if name.startswith("teacher_")}
+        for name in sorted(ignored):
+            if getattr(self, name) != getattr(DistillationConfig, name):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: finetune has no teacher. Use distill.py.")
         super().__post_init__()
         if self.method != ["none"]:
             raise ValueError(f"`method` is {self.method}: finetune has no teacher. Use distill.py.")

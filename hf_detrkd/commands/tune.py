@@ -38,6 +38,7 @@ from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid, read_grid
 from .records import versions
 from .setup import write_json
 
+SHARE = 0.3
 ROUNDS = 4
 TOLERANCE = 0.02
 """How near the share must come to the target."""
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="the grid, a YAML file")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of names data/pair/method/seed0")
-    parser.add_argument("--target_share", type=float, default=0.3, help="of the gradient norm, between 0 and 1")
+    parser.add_argument("--target_share", type=float, help=f"of the gradient norm, between 0 and 1; default: {SHARE}")
     parser.add_argument("--search", type=float, nargs="+", default=[], help="shares to try in whole runs")
     parser.add_argument("--balance", action="store_true", help="give all terms gradients of the same norm")
     parser.add_argument("--after", type=int, default=20, help="steps before the measurement")
@@ -72,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--evidence", type=Path, default=Path("docs/results/tuning"), help="folder of the evidence")
     arguments = parser.parse_args(argv)
+    if arguments.target_share is not None and arguments.search:
+        raise ValueError(
+            f"--target_share {arguments.target_share} beside --search {' '.join(map(str, arguments.search))}: a search tries "
+            "its own shares. Put it among them, or leave --search out."
+        )
+    arguments.target_share = SHARE if arguments.target_share is None else arguments.target_share
     for share in (arguments.target_share, *arguments.search):
         if not 0 < share < 1:
             raise ValueError(f"A share of the gradient norm is {share}; it must lie between 0 and 1.")
