@@ -231,7 +231,7 @@ def push_metric(repo_id: str, *, token: str | None = None, private: bool | None 
         page = (
             f"<!doctype html><title>COCO detection</title><h1>COCO detection</h1><p>A metric: <code>{load}</code></p>"
         )
-        (folder / "index.html").write_text(page)
+        (folder / "index.html").write_text(page, encoding="utf-8")
         return push_folder(
             folder,
             repo_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -42,6 +43,14 @@ def test_the_grid_s_commands_on_windows(monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     assert module.fcntl is None
+
+
+def test_text_files_have_their_encoding_named():
+    """Windows' default isn't UTF-8."""
+    for path in (ROOT / "hf_detrkd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("read_text", "write_text"):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_help_and_unknown(capsys):

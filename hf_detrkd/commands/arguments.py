@@ -188,7 +188,7 @@ def read_recipe(path: str) -> dict:
     """A YAML mapping; paths in it are as the user would type them in the current folder."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config {path}: there is no such file.")
-    values = yaml.safe_load(Path(path).read_text())
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of flag names to values, this is a {type(values).__name__}.")
     return values

@@ -183,7 +183,7 @@ def measure(cell: Cell, fields: Mapping[str, Any], after: int, steps: int) -> Me
     folder = cell.folder.parent / "tuning"
     recipe["output_dir"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     *arguments, args = flags_in(folder)
     run = prepare(*arguments, args, say=lambda *_: None)
     trainer = DistillationTrainer(
@@ -238,7 +238,7 @@ def search(
     content = {"data": {cell.data: {}}, "pairs": {cell.pair: pair}, "methods": methods, "seeds": [cell.seed]}
     path = Path(arguments.runs) / f"{grid.name}_search.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({**content, "split": "validation"}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**content, "split": "validation"}, sort_keys=False), encoding="utf-8")
     trials = read_grid(path, arguments.runs)
     outcomes = Runner(trials, arguments.jobs).run(trials.cells)
     bad = {name: outcome for name, outcome in outcomes.items() if outcome != "done"}
@@ -267,14 +267,15 @@ def _keep(name: str, found: Mapping[str, Any], arguments: argparse.Namespace) ->
     """Adds what was found to the overrides and the evidence, which may be of several calls."""
     output = arguments.output or arguments.config.parent / "tuned" / f"{arguments.config.stem}.yaml"
     output.parent.mkdir(parents=True, exist_ok=True)
-    overrides = (yaml.safe_load(output.read_text()) or {}) if output.is_file() else {}
+    overrides = (yaml.safe_load(output.read_text(encoding="utf-8")) or {}) if output.is_file() else {}
     fields = {field: value for field, value in found["fields"].items() if field in ("kd_weight", "method_config")}
     overrides[name] = {field: value for field, value in fields.items() if value is not None}
     output.write_text(
-        "# Written by scripts/tune.py: `overrides` of a grid\n" + yaml.safe_dump(overrides, sort_keys=True)
+        "# Written by scripts/tune.py: `overrides` of a grid\n" + yaml.safe_dump(overrides, sort_keys=True),
+        encoding="utf-8",
     )
     evidence = arguments.evidence / f"{arguments.config.stem}.json"
-    before = json.loads(evidence.read_text()) if evidence.is_file() else {}
+    before = json.loads(evidence.read_text(encoding="utf-8")) if evidence.is_file() else {}
     write_json({**before, name: {**found, "versions": versions()}}, evidence)
     last = found["rounds"][-1]
     print(f"{name}: {overrides[name]}, share of the gradient {last['share']:.2f} -> {output}, {evidence}")

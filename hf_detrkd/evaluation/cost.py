@@ -146,7 +146,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")  # elsewhere platform.processor() knows
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

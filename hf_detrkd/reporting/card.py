@@ -143,7 +143,7 @@ def write_card(
         file = folder if folder.is_file() else folder / "results.json"
         if not file.is_file():
             raise ValueError(f"{folder} has no results.json, from which a card is written. Name the folder of a run.")
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_text(encoding="utf-8"))
         if output is None and folder.is_file():
             output = folder.with_suffix(".md")
     if "student" not in results and "model" not in results:
