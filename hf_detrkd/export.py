@@ -125,7 +125,7 @@ def export_onnx(
         "opset": OPSET,
         "torch": torch.__version__,
     }
-    (folder / SIGNATURE).write_text(json.dumps(signature, indent=2) + "\n")
+    (folder / SIGNATURE).write_text(json.dumps(signature, indent=2) + "\n", encoding="utf-8")
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder / MODEL
@@ -148,7 +148,7 @@ class OnnxDetector:
         signature = self.folder / SIGNATURE
         if not signature.is_file():
             raise FileNotFoundError(f"{signature} is missing: {folder} is no folder that export.py wrote.")
-        self.signature = json.loads(signature.read_text())
+        self.signature = json.loads(signature.read_text(encoding="utf-8"))
         self.config = AutoConfig.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder)
         options = onnxruntime.SessionOptions()

@@ -25,9 +25,14 @@ from .reporting.writing import Reports
 NOT_PUSHED = (
     "checkpoint-*",  # states of the optimiser, for a resume
     "twin/*",
+    "predictions/*",  # of private pictures; report.html has predict write them there
+    "onnx/*",
     "sheets/*",  # as large as the model, one for every few steps
     "distillation_state.pt",  # projectors and raw weights, for a resume
     "training_args.bin",  # a pickle, in which the Hub's token may be
+    "log.txt",  # compare.py's, of a cell
+    "lock",
+    "recipe.yaml",
     "_*",
     "*.part",
 )
@@ -226,7 +231,7 @@ def push_metric(repo_id: str, *, token: str | None = None, private: bool | None 
         page = (
             f"<!doctype html><title>COCO detection</title><h1>COCO detection</h1><p>A metric: <code>{load}</code></p>"
         )
-        (folder / "index.html").write_text(page)
+        (folder / "index.html").write_text(page, encoding="utf-8")
         return push_folder(
             folder,
             repo_id,

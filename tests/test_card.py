@@ -14,7 +14,7 @@ from PIL import Image
 from scenes import processor
 
 from hf_detrkd.methods import METHODS
-from hf_detrkd.reporting.card import class_names, main, write_card
+from hf_detrkd.reporting.card import class_names, dataset_of, main, write_card
 
 
 def metrics(ap: float) -> dict[str, float]:
@@ -174,3 +174,56 @@ def test_quick_start_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(code.replace("threshold=0.5", "threshold=0.0"), {})
     assert "xmin" in capsys.readouterr().out
+
+
+def test_how_the_training_began(tmp_path):
+    def began(start=None, model=None, **distill) -> str:
+        groups = {"ModelArguments": model or {}, "DistillArguments": {"inherit_from_teacher": False} | distill}
+        return card(tmp_path, start=start, settings=results()["settings"] | groups).text
+
+    place, drawn = {"name_or_path": "runs/small", "revision": None}, {"config_name": "s.json"}
+    fits = "and the teacher's weights wherever name and shape agree."
+    assert "Started from `runs/small`." in began(place)
+    assert f"Started from `runs/small` {fits}" in began(place, inherit_from_teacher=True)
+    assert "Started from random weights." in began(None, drawn)
+    assert f"Started from random weights {fits}" in began(None, drawn, inherit_from_teacher=True)
+    text = began(None, student_backbone="resnet18", student_backbone_weights="pretrained", student_decoder_layers=3)
+    assert "Made from the teacher, with its weights wherever they fit." in text
+    text = re.sub(" +", " ", text)
+    for row in ("student_backbone | resnet18", "student_backbone_weights | pretrained", "student_decoder_layers | 3"):
+        assert f"| {row} |" in text
+
+
+@pytest.mark.parametrize(("best", "said"), [(True, "87 to choose the best step."), (False, "87 to validate.")])
+def test_what_the_validation_split_was_for(tmp_path, best, said):
+    settings = results()["settings"]
+    settings["DistillationConfig"]["load_best_model_at_end"] = best
+    assert f"205 images to train, {said}" in card(tmp_path, settings=settings).text
+
+
+def test_the_number_of_images_measured(tmp_path):
+    """Where the folder's validation split is the test, a share of train was held out for validation."""
+    data = results()["data"] | {"test_split": "validation"}
+    assert "the validation split of `cells` (72 images)" in card(tmp_path, data=data).text
+
+
+def test_a_test_split_without_labels(tmp_path):
+    changes = results()
+    changes["student"]["test"], changes["teacher"]["test"], changes["twin"]["test"] = {"loss": 1.0}, {}, {"loss": 1.0}
+    loaded = card(tmp_path, **changes)
+    text = re.sub(" +", " ", loaded.text)
+    assert "the validation split of `cells` (87 images)" in text and "| student | 16.0 |" in text
+    assert loaded.data.eval_results[0].dataset_split == "validation"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("shapes:train=8", "shapes"),
+        ("data/2024:05", "2024:05"),
+        (r"C:\data\cells", "cells"),
+        ("C:/data/cells/", "cells"),
+    ],
+)
+def test_names_of_data_sets(place, name):
+    assert dataset_of({"settings": {"DataArguments": {"dataset_name": place}}}) == (name, None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForObjectDetection
 from hf_detrkd import DetectionDataset
 from hf_detrkd.commands import distill, evaluate, finetune, resuming, summarize
 from hf_detrkd.commands.gate import finds_nothing, no_better
-from hf_detrkd.commands.resuming import checkpoint_to_resume, found_by_all, last_complete_checkpoint
+from hf_detrkd.commands.resuming import checkpoint_to_resume, found_by_all, last_complete_checkpoint, same_settings
 
 SHAPES = f"shapes:train=8,validation=3,test=3,size={zoo.SIZE}"
 NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
@@ -197,6 +198,119 @@ def test_resume_choices(tmp_path):
     assert checkpoint_to_resume("false", tmp_path) is None
     with pytest.raises(ValueError, match="earlier run"):
         checkpoint_to_resume(None, tmp_path)
+    (tmp_path / "checkpoint-best").mkdir()  # somebody's own
+    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def pair(tmp_path) -> list[str]:
+    """The flags of a short run of one step."""
+    flags = ["--teacher_model_name_or_path", save(tmp_path / "teacher", NAMES), "--method", "logit_kd"]
+    flags += ["--model_name_or_path", save(tmp_path / "student", NAMES, decoder_layers=2), "--max_steps", "1"]
+    return [*flags, "--sheet_images", "0", "--evaluate_teacher", "false", "--output_dir", str(tmp_path / "run"), *QUICK]
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
+    """A twin of other settings would be none; what changes no result may differ, and the twin may come later."""
+    flags = [*pair(tmp_path), "--resume_from_checkpoint", "true"]
+    distill.main(flags)
+    others = ["--learning_rate", "1e-5", "--kd_weight", "7", "--flip", "0", "--with_twin", "true"]
+    with pytest.raises(
+        ValueError,
+        match=r"run was begun with other settings: flip 0\.5 -> 0\.0; kd_weight 1\.0 -> 7\.0; learning_rate 0\.0001 -> 1e-05\. "
+        r"Pass those of the first run, or choose another --output_dir",
+    ):
+        distill.main([*flags, *others])
+    assert not (tmp_path / "run" / "twin").exists()
+    assert distill.main([*flags, "--with_twin", "true", "--logging_steps", "1"])["twin"]["test"]
+
+
+def test_which_settings_may_change_before_a_resume(tmp_path):
+    def now(**changed) -> dict:
+        return {"ModelArguments": {"token": None, "image_size": None}, "FinetuneConfig": {"seed": 1} | changed}
+
+    checkpoint = str(tmp_path / "checkpoint-2")
+    same_settings(None, now())
+    same_settings(checkpoint, now())  # a run of an older version recorded nothing before its end
+    (tmp_path / "results.json").write_text(json.dumps({"settings": now(older=1, run_name="a", method=("none",))}))
+    same_settings(checkpoint, now(newer=2, run_name="b", method=["none"]) | {"DistillArguments": {"with_twin": True}})
+    with pytest.raises(ValueError, match=r"other settings: seed 1 -> 2\. Pass"):
+        same_settings(checkpoint, now(seed=2))
+    (tmp_path / "unfinished.json").write_text(json.dumps({"settings": now(seed=2)}))  # which is newer
+    same_settings(checkpoint, now(seed=2))
+
+
+def test_a_run_begun_anew_leaves_nothing_of_the_one_before(tmp_path):
+    """A later `true` would go on from the older run's checkpoint, which has more steps; the twin's curve would be drawn."""
+    output, flags = tmp_path / "run", pair(tmp_path)
+    for folder in (output, output / "twin"):
+        (folder / "checkpoint-9").mkdir(parents=True)
+        for place in (folder, folder / "checkpoint-9"):
+            (place / "trainer_state.json").write_text('{"global_step": 9, "max_steps": 9, "log_history": []}')
+    (output / "checkpoint-12").mkdir()  # incomplete
+    (output / "sheets").mkdir()
+    (output / "sheets" / "step_9.png").touch()
+    (output / "results.json").write_text("{}")
+    results = distill.main([*flags, "--resume_from_checkpoint", "false"])
+    assert [folder.name for folder in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert results["student"]["steps"] == 1 and not (output / "twin").exists() and not (output / "sheets").exists()
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path, monkeypatch):
+    flags = pair(tmp_path)
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "results.json").write_text('{"student": {"steps": 3}}')
+    for wish in ([], ["--resume_from_checkpoint", "true"]):
+        with pytest.raises(ValueError, match=r"run has a finished run and no checkpoint to go on from.*--output_dir"):
+            distill.main([*flags, *wish])
+    with pytest.raises(ValueError, match=r"of the teacher alone would replace.*--output_dir"):
+        distill.main([*flags, "--only_teacher", "true", "--resume_from_checkpoint", "false"])
+    (output / "unfinished.json").write_text("{}")  # begun anew, and stopped before its first checkpoint
+    assert checkpoint_to_resume(None, output) is None
+    (output / "unfinished.json").unlink()
+    (output / "results.json").write_text('{"teacher": {}}')  # of --only_teacher
+    assert checkpoint_to_resume(None, output) is None
+
+
+def test_flags_that_a_student_made_from_the_teacher_would_ignore(tmp_path):
+    flags = ["--teacher_model_name_or_path", save(tmp_path / "teacher", NAMES), "--student_decoder_layers", "2"]
+    flags += ["--output_dir", str(tmp_path / "run"), *QUICK]
+    for more in (["--backbone_weights", "nowhere.safetensors"], ["--inherit_from_teacher", "true"]):
+        with pytest.raises(ValueError, match=rf"{more[0]} .*--student_backbone_weights"):
+            distill.main([*flags, *more])
+
+
+def test_a_method_s_typo_is_found_before_the_teacher_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "evaluate_detector", None)
+    flags = [*pair(tmp_path), "--evaluate_teacher", "true"]
+    for more, message in (
+        (["--method", "logit_dk"], "Did you mean 'logit_kd'"),
+        (["--method_config", '{"temprature": 2}'], "temprature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill.main([*flags, *more])
+
+
+def test_only_one_process_says_and_writes_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(evaluate, "evaluate_detector", lambda *_, **__: {"map": 0.5})
+    flags = ["--model_name_or_path", save(tmp_path / "model", NAMES), "--dataset_name", SHAPES]
+    capsys.readouterr()
+    results = evaluate.main([*flags, "--output", str(tmp_path / "results.json")])
+    assert results["metrics"] == {"map": 0.5} and not (tmp_path / "results.json").exists()
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=r"--config_name .*trained detector"):
+        evaluate.main([*flags, "--config_name", "s.json"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--teacher_model_name_or_path", "t"], ["--kd_weight", "3"], ["--method_config", '{"temperature": 2}']],
+)
+def test_finetune_takes_no_flags_of_distillation(tmp_path, flags):
+    with pytest.raises(ValueError, match=rf"`{flags[0][2:]}` .*finetune has no teacher.*distill\.py"):
+        finetune.main(["--model_name_or_path", "m", "--output_dir", str(tmp_path), *QUICK, *flags])
 
 
 def test_processes_resume_from_the_same_step(monkeypatch):

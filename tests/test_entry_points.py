@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,25 @@ def test_words_go_to_the_command(monkeypatch):
         entry.main([name, "--flag", "1"])
         assert sys.argv[0] == f"hf-detrkd {name}"
     assert calls == [(name, ["--flag", "1"]) for name in entry.COMMANDS]
+
+
+def test_the_grid_s_commands_on_windows(monkeypatch):
+    """Which has no fcntl; nor do tune's weights need it."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    file = ROOT / "hf_detrkd" / "commands" / "compare.py"
+    spec = spec_from_file_location("hf_detrkd.commands.compare_on_windows", file)
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert module.fcntl is None
+
+
+def test_text_files_have_their_encoding_named():
+    """Windows' default isn't UTF-8."""
+    for path in (ROOT / "hf_detrkd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("read_text", "write_text"):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_help_and_unknown(capsys):

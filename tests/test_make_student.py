@@ -375,3 +375,9 @@ def test_what_a_pretrained_backbone_saw(tmp_path):
     assert list(pixels_of(str(tmp_path))["image_mean"]) == [0.1, 0.2, 0.3]
     RTDetrImageProcessor().save_pretrained(tmp_path)
     assert pixels_of(str(tmp_path)) == {"do_normalize": False}
+
+
+def test_the_teacher_is_not_overwritten(tmp_path):
+    flags = ["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--student_decoder_layers", "1"]
+    with pytest.raises(ValueError, match="is the teacher's own folder, which the student would overwrite"):
+        command.main([*flags, "--output_dir", f"{tmp_path}/teacher/"])

@@ -125,3 +125,39 @@ def test_refused(tmp_path, checkpoint, name, content, flags, message):
         place.mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(checkpoint, place, tmp_path / "out", *flags)
+
+
+def test_one_bad_file_costs_only_itself(tmp_path, checkpoint, capsys):
+    """What can't be read is named, and the exit code says that something is missing; the others are there."""
+    place, output = tmp_path / "in", tmp_path / "in" / "out"
+    for name in ("a.png", "c.png"):
+        picture(place / name)
+    (place / "b.jpg").write_bytes(b"")
+    whole = picture(place / "d.png").read_bytes()
+    (place / "d.png").write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):  # the second time the output folder has pictures
+        with pytest.raises(SystemExit, match=r"2 files can't be read and were left out:\n.*b\.jpg.*\n.*d\.png"):
+            run(checkpoint, place, output, "--batch_size", "2")
+        results = json.loads((output / "predictions.json").read_text())
+        assert [image["file_name"] for image in results["images"]] == ["a.png", "c.png"]
+
+
+def test_hidden_files_and_its_own_pictures_are_no_input(tmp_path):
+    place = tmp_path / "in"
+    for name in ("a.png", "._a.png", ".cache/b.png", "drawn/a.png", "out/drawn/a.png"):
+        picture(place / name)
+
+    def names(output=None) -> list[str]:
+        return [one.name for one in predict.read_pictures(place, leave_out=output)]
+
+    assert names() == ["a.png", "drawn/a.png", "out/drawn/a.png"]
+    assert names(place / "out") == ["a.png", "drawn/a.png"]
+    assert names(place) == ["a.png", "out/drawn/a.png"]
+    assert names(tmp_path) == names()  # around the input, not in it
+    assert [one.name for one in predict.read_pictures(place / "drawn", leave_out=place)] == ["a.png"]
+
+
+def test_flags_for_a_new_detector_are_refused(tmp_path, checkpoint):
+    for flag in ("--config_name", "--backbone_weights"):
+        with pytest.raises(ValueError, match=rf"{flag} .*trained detector"):
+            run(checkpoint, tmp_path, tmp_path / "out", flag, "nowhere")

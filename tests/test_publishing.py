@@ -61,6 +61,12 @@ def run(tmp_path) -> Path:
         "checkpoint-5/model.safetensors",
         "training_args.bin",
         "distillation_state.pt",
+        "predictions/drawn/my_photo.jpg.png",  # where report.html has predict and export write
+        "predictions/predictions.json",
+        "onnx/model.onnx",
+        "log.txt",  # compare.py's
+        "lock",
+        "recipe.yaml",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"not to be pushed")

@@ -299,3 +299,26 @@ def test_a_full_disk_stops_no_training(tmp_path, monkeypatch):
     run = trainer(tmp_path, WriteReport())
     run.train()
     assert run.state.global_step == 4 and "could not be written: [Errno 28]" in warnings[0]
+
+
+def test_what_is_no_sheet_is_left_out(tmp_path):
+    """A disk that was full, or somebody's own picture: a report doesn't fail for it, nor the training that writes one."""
+    folder = save(tmp_path / "run")
+    (folder / "sheets").mkdir()
+    for name in ("step_2", "step_4", "step_best"):
+        Image.new("RGB", (20, 10)).save(folder / "sheets" / f"{name}.png")
+    whole = (folder / "sheets" / "step_2.png").read_bytes()
+    (folder / "sheets" / "step_4.png").write_bytes(whole[:40])
+    (folder / "sheet.png").write_bytes(b"")
+    (folder / "checkpoint-best").mkdir()
+    (folder / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    captions = re.findall(r"<summary>(.*?)</summary>", write_report(folder).read_text())[:-1]
+    assert captions == ["Step 2, validation split"]
+
+
+def test_an_earlier_run_s_twin_is_not_this_one_s(tmp_path):
+    folder = save(tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"twin": None}))
+    assert set(read_run(folder).states) == {"student"}
+    assert "No twin was trained" in read(write_report(folder)).text

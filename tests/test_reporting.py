@@ -220,3 +220,16 @@ class TestSheet:
         with Image.open(tmp_path / "sheet.png") as picture:
             assert picture.width > picture.height * 0.9
         assert shows(tmp_path / "sheet.png", "object", (0, 1 / 3))
+
+
+def test_a_sheet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(self, path, **_):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("No space left on device")
+
+    (tmp_path / "sheet.png").write_bytes(b"the one before")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        draw_sheet([row([([10.0, 10, 40, 40], 0.9, 0)])], tmp_path / "sheet.png", class_names={0: "a", 1: "b"})
+    assert (tmp_path / "sheet.png").read_bytes() == b"the one before"

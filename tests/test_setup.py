@@ -13,7 +13,14 @@ from transformers import RTDetrImageProcessor
 
 from hf_detrkd.commands import records
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments
-from hf_detrkd.commands.setup import build_detector, build_image_processor, choose_splits, load_data, load_part
+from hf_detrkd.commands.setup import (
+    build_detector,
+    build_image_processor,
+    choose_splits,
+    load_data,
+    load_part,
+    write_json,
+)
 from tests import tiny_datasets
 
 
@@ -123,7 +130,8 @@ def test_loaded_from_a_folder(tmp_path, capsys):
     assert len(data.train) + len(data.validation) == 3 and len(whole.train) == 2
     test, name = load_part("test", arguments)
     assert name == "validation" and test.split["image_id"][:] == data.test.split["image_id"][:]
-    assert load_part("train", DataArguments(dataset_name=folder, max_eval_samples=1))[0].split.num_rows == 3
+    for limits, number in (({"max_eval_samples": 1}, 1), ({"max_train_samples": 2}, 2), ({}, 3)):
+        assert len(load_part("train", DataArguments(dataset_name=folder, **limits))[0]) == number
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1), ("win32", 1)])
@@ -168,3 +176,11 @@ def test_image_size_resizes(tmp_path):
     processor = build_image_processor(ModelArguments(image_size=48), model, processor)
     pixels = processor(images=[torch.zeros(3, 100, 80, dtype=torch.uint8)], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 48, 48)
+
+
+def test_processes_write_json_side_by_side(tmp_path):
+    """Each into a part of its own: another's may be half written."""
+    (tmp_path / "results.json.part").write_text("another's")
+    write_json({"a": 1}, tmp_path / "results.json")
+    assert (tmp_path / "results.json.part").read_text() == "another's" and (tmp_path / "results.json").is_file()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -42,7 +42,8 @@ from hf_detrkd.commands import predict, setup
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.distill import DistillArguments, prepare
 from hf_detrkd.commands.grid import read_grid
-from hf_detrkd.commands.resuming import checkpoint_to_resume
+from hf_detrkd.commands.resuming import checkpoint_to_resume, same_settings
+from hf_detrkd.commands.setup import write_json
 from hf_detrkd.data import check_dataset, keep_classes
 from hf_detrkd.evaluation.coco_detection import coco_evaluator
 from hf_detrkd.labels import LabelMap
@@ -266,6 +267,17 @@ def earlier_run() -> None:
     checkpoint_to_resume(None, Path("runs/student"))
 
 
+def finished_run() -> None:
+    write_json({"student": {"steps": 2}}, "runs/student/results.json")
+    checkpoint_to_resume(None, Path("runs/student"))
+
+
+def other_settings() -> None:
+    begun, now = {"kd_weight": 1.0, "learning_rate": 1e-3}, {"kd_weight": 7.0, "learning_rate": 1e-5}
+    write_json({"settings": {"DistillationConfig": begun}}, "runs/student/unfinished.json")
+    same_settings("runs/student/checkpoint-2", {"DistillationConfig": now})
+
+
 def unfinished_checkpoint() -> None:
     Path("checkpoint").mkdir()
     trainer()._load_from_checkpoint("checkpoint")
@@ -314,6 +326,8 @@ def unfair_grid() -> None:
 
 AFTERWARDS: list[Trouble] = [
     lambda patch: earlier_run(),
+    lambda patch: finished_run(),
+    lambda patch: other_settings(),
     lambda patch: resumed(teacher_seed=1),
     lambda patch: resumed(ema_decay=0),
     lambda patch: unfinished_checkpoint(),

@@ -108,6 +108,11 @@ def test_shares_must_be_shares(lab):
         tune.main(["--config", str(lab.write()), "--target_share", "1.5"])
 
 
+def test_a_target_beside_a_search_is_refused(lab):
+    with pytest.raises(ValueError, match=r"--target_share 0\.5 beside --search 0\.1 0\.3"):
+        tune.main(["--config", str(lab.write()), "--target_share", "0.5", "--search", "0.1", "0.3"])
+
+
 def test_measures_a_real_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DETRKD_CACHE", str(tmp_path / "cache"))
     lab = Lab(tmp_path, monkeypatch)

@@ -49,6 +49,19 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "Hub token; by default the one you logged in with."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow model code from the Hub."})
 
+    def refuse_building(self) -> None:
+        """Refuses the flags that build a detector, in commands that take a trained one and would ignore them.
+
+        Raises:
+            ValueError: naming these flags.
+        """
+        given = [f"--{name}" for name in ("config_name", "backbone_weights") if getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} would be ignored: this command takes a trained detector as it is, by "
+                "--model_name_or_path."
+            )
+
     def hub(self) -> dict[str, str | bool | None]:
         """What every ``from_pretrained`` of this detector is given."""
         return {
@@ -175,7 +188,7 @@ def read_recipe(path: str) -> dict:
     """A YAML mapping; paths in it are as the user would type them in the current folder."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config {path}: there is no such file.")
-    values = yaml.safe_load(Path(path).read_text())
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of flag names to values, this is a {type(values).__name__}.")
     return values

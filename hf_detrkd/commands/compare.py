@@ -17,7 +17,6 @@ and the twins that are here say that it is the same comparison: a grid can go on
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing there keeps two harnesses from working on the same cell
+    fcntl = None
 
 from ..reporting.embed import embed_files
 from ..reporting.fairness import check_fair
@@ -166,20 +170,22 @@ class Runner:
         cell.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(cell.folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             return False
         path, recipe = cell.folder / "recipe.yaml", dict(cell.recipe)
         if cell.time_of:
-            begun = yaml.safe_load(path.read_text()) if path.is_file() else {}
+            begun = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
             recipe["max_steps"] = begun.get("max_steps") or self.grid.steps_in_time(cell)
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        with open(cell.folder / "log.txt", "a") as log:
+        with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
             # The run holds the lock too: it is free when nobody works on the cell, however the harness ended.
-            process = subprocess.Popen(command_of(cell), stdout=log, stderr=log, env=environment, pass_fds=[lock])
+            held = [] if fcntl is None else [lock]  # Windows can't pass any
+            process = subprocess.Popen(command_of(cell), stdout=log, stderr=log, env=environment, pass_fds=held)
         self.running[cell.name] = Running(cell, process, lock, time.monotonic())
         self.say(f"started {cell.name} ({cell.folder / 'log.txt'})")
         return True
@@ -191,7 +197,7 @@ class Runner:
         cell, minutes = run.cell, (time.monotonic() - run.started) / 60
         if run.process.returncode != 0 or not cell.results.is_file():
             log = cell.folder / "log.txt"
-            last = "".join(log.read_text().strip().splitlines()[-1:])
+            last = "".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:])
             outcome = f"failed with code {run.process.returncode}: {last} (see {log})"
         else:
             outcome = unfairness(self.grid, cell) or "done"
@@ -237,7 +243,7 @@ def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=pri
     file = output / f"{grid.name}.json"
     summary = summarize(grid.name, grid.split, runs, teachers)
     if file.is_file():
-        summary, verdicts = continue_record(grid, summary, json.loads(file.read_text()))
+        summary, verdicts = continue_record(grid, summary, json.loads(file.read_text(encoding="utf-8")))
         recorded = sum(verdict == "done" for verdict in verdicts.values())
         if recorded:
             say(f"{recorded} cells of {grid.name} are not here: taken from what {file} has recorded of them")
@@ -256,7 +262,7 @@ def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=pri
     names = [*pictures, f"{grid.name}_diagnostics.png"]
     unfinished = {name: outcomes.get(name, state) for name, state in states.items() if state != "done"}
     (output / f"{grid.name}.md").write_text(
-        markdown(summary, [name for name in names if (output / name).is_file()], unfinished)
+        markdown(summary, [name for name in names if (output / name).is_file()], unfinished), encoding="utf-8"
     )
     write_json(overview(list(read_summaries(output).values())), output / "summary.json")
     say(f"{gain_table(summary['rows'])}\nwritten to {output / grid.name}.md, .json and .png")

@@ -172,7 +172,9 @@ def compare(
     if results["differences"]:
         pictures.append(path.name)
     write_json(results, output / "comparison.json")
-    (output / "comparison.md").write_text(comparison.page(results, cost_table(costs, markdown=True), pictures))
+    (output / "comparison.md").write_text(
+        comparison.page(results, cost_table(costs, markdown=True), pictures), encoding="utf-8"
+    )
     print(f"\n{comparison.text(results, cost_table(costs))}")
     print(f"\nwritten to {output}: {', '.join(['comparison.md', 'comparison.json', *pictures])}")
     return results

@@ -52,7 +52,7 @@ def diagnose_cells(grid: Grid, cells: Sequence[Cell], output: Path, say=print) -
         results[cell.name] = {**measured, "gradient_shares": student_row["gradient_shares"], "gains": gains}
     if results:
         file = output / f"{grid.name}_diagnostics.json"
-        recorded = json.loads(file.read_text())["cells"] if file.is_file() else {}
+        recorded = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else {}
         results = {
             cell.name: found for cell in grid.cells if (found := results.get(cell.name, recorded.get(cell.name)))
         }

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -29,7 +30,7 @@ from ..evaluation.cost import environment
 from ..evaluation.detector import evaluate_detector
 from ..families import adapter_for
 from ..labels import LabelMap
-from ..methods import settled
+from ..methods import build_methods, settled
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.live import WriteReport
 from ..reporting.run import TWIN, UNFINISHED
@@ -48,7 +49,7 @@ from .records import (
     versions,
     write_unfinished,
 )
-from .resuming import checkpoint_to_resume, found_by_all, last_complete_checkpoint
+from .resuming import checkpoint_to_resume, found_by_all, has_finished, last_complete_checkpoint, same_settings
 from .setup import Data, augment, build_detector, build_image_processor, load_data, normalise_for, write_json
 from .training import train, write_down
 
@@ -141,6 +142,7 @@ def prepare(
         return model
 
     student = build()
+    _check_methods(args, student, teacher)
     # A student made from its teacher sees what that sees, unless flags say otherwise
     seen = copy.deepcopy(teacher_processor) if made and model_arguments.image_processor_name is None else None
     if seen is not None:
@@ -159,6 +161,22 @@ def _check_made(model_arguments: ModelArguments, extra: DistillArguments, teache
             f"{flags} make the student from the teacher, but --model_name_or_path or --config_name names a student too. "
             "Pass one of the two."
         )
+    if model_arguments.backbone_weights is not None or extra.inherit_from_teacher:
+        raise ValueError(
+            f"{flags} make the student from the teacher, with its weights wherever they fit: --backbone_weights and "
+            "--inherit_from_teacher would be ignored. Leave them out; weights for another backbone are "
+            "--student_backbone_weights."
+        )
+
+
+def _check_methods(args: DistillationConfig, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    """Refuses methods, settings and pairs that can't work, before the teacher is measured; what auto takes always works."""
+    if teacher is None or args.method in (["none"], ["auto"]):
+        return
+    labels = LabelMap.between(teacher.config.id2label, student.config.id2label)
+    adapters = adapter_for(student, labels.student_classes), adapter_for(teacher, labels.teacher_classes)
+    with torch.random.fork_rng(devices=[]):  # the trainer builds them again, and must draw the same numbers
+        build_methods(args.method, args.method_config, *adapters)
 
 
 def distill(
@@ -167,6 +185,11 @@ def distill(
     """Student, and where asked for its twin, from flags to ``results.json``, curves and an image sheet."""
     say = print if args.should_log else (lambda *_: None)
     output = Path(args.output_dir)
+    if extra.only_teacher and has_finished(output):
+        raise ValueError(
+            f"{output} has the results of a finished run, which those of the teacher alone would replace. Choose another "
+            "--output_dir."
+        )
     args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
     name_run(args)
     if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
@@ -176,6 +199,9 @@ def distill(
     data, teacher, processor = run.data, run.teacher, run.processor
     if teacher is not None:
         args = settled(args, adapter_for(run.student))
+    recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
+    if not extra.only_teacher:
+        same_settings(args.resume_from_checkpoint, recorded["settings"])
     results: dict[str, Any] = {"teacher": None, "twin": None, "data": data_of(data)}
     results |= origins(model_arguments, data_arguments)
     models = {} if teacher is None else {"teacher": (teacher, run.teacher_processor)}
@@ -195,7 +221,6 @@ def distill(
             results["teacher"] |= costs["teacher"]
     if teacher is not None and args.shard_teacher:
         teacher.to("cpu")  # the trainer shards a copy; the device has no room for a whole one beside it
-    recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
     if extra.only_teacher:
         results |= recorded
         if args.should_save:

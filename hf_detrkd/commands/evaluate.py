@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate import PartialState
+
 from ..detectors import load_detector
 from ..evaluation.detector import evaluate_detector
 from ..reporting.table import class_table, comparison_table
@@ -36,17 +38,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_part(extra.split)
     if model_arguments.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the detector to measure.")
+    model_arguments.refuse_building()
+    main_process = PartialState().is_main_process  # under accelerate launch one speaks and writes for all
+    say = print if main_process else (lambda *_: None)
     dataset, split = load_part(
-        extra.split, data_arguments, cache_dir=model_arguments.cache_dir, token=model_arguments.token
+        extra.split, data_arguments, say, cache_dir=model_arguments.cache_dir, token=model_arguments.token
     )
     model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
     metrics = evaluate_detector(
         model, processor, dataset, batch_size=extra.batch_size, num_workers=extra.num_workers, backend=extra.backend
     )
-    print(f"\nCOCO AP on {split} ({len(dataset)} images), in points")
-    print(comparison_table({model.name_or_path: metrics}))
-    print(class_table(metrics))
+    say(f"\nCOCO AP on {split} ({len(dataset)} images), in points")
+    say(comparison_table({model.name_or_path: metrics}))
+    say(class_table(metrics))
     results = {
         "model": model.name_or_path,
         "dataset": data_arguments.dataset_name,
@@ -55,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "metrics": metrics,
         "versions": versions(),
     }
-    if extra.output is not None:
+    if extra.output is not None and main_process:
         write_json(results, extra.output)
-        print(f"written to {extra.output}")
+        say(f"written to {extra.output}")
     return results
 
 

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_arguments, data_arguments, extra = parse((ModelArguments, CheckArguments, ExportArguments), argv, __doc__)
     if model_arguments.model_name_or_path is None or extra.output_dir is None:
         raise ValueError("--model_name_or_path and --output_dir are needed.")
+    model_arguments.refuse_building()
     check_part(extra.split)
     model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     dataset = None

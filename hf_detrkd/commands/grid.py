@@ -67,14 +67,14 @@ class Cell:
 
     def read(self) -> dict[str, Any]:
         """What the cell wrote."""
-        return json.loads(self.results.read_text())
+        return json.loads(self.results.read_text(encoding="utf-8"))
 
     def changes(self) -> list[str]:
         """Settings that differ from those the cell was begun with, in words; none where it hasn't begun."""
         path = self.folder / "recipe.yaml"
         if not path.is_file():
             return []
-        begun = yaml.safe_load(path.read_text())
+        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
         free = HARMLESS | ({"max_steps"} if self.time_of else set())
         return [
             f"{name} {begun.get(name)!r} -> {self.recipe.get(name)!r}"
@@ -166,7 +166,7 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
             the method's own fields.
     """
     path = Path(path)
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     unknown = sorted(set(content) - set(SECTIONS))
     lacking = [name for name in ("data", "pairs", "methods", "seeds") if not content.get(name)]
     if unknown or lacking:
@@ -208,7 +208,7 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
 
 def _read_overrides(grid: Path, path: Path, to_be_tuned: bool) -> dict[str, Any]:
     if path.is_file():
-        return yaml.safe_load(path.read_text()) or {}
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if to_be_tuned:
         return {}
     raise ValueError(

@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments, wanted = parse((MakeStudentArguments, StudentArguments), argv, __doc__)
     if arguments.teacher_model_name_or_path is None or arguments.output_dir is None:
         raise ValueError("--teacher_model_name_or_path and --output_dir are needed.")
+    if Path(arguments.output_dir).resolve() == Path(arguments.teacher_model_name_or_path).resolve():
+        raise ValueError(
+            f"--output_dir {arguments.output_dir} is the teacher's own folder, which the student would overwrite. Choose another."
+        )
     teacher = load_detector(arguments.teacher_model_name_or_path, token=arguments.token)
     place = arguments.teacher_image_processor_name or arguments.teacher_model_name_or_path
     processors = {

@@ -44,7 +44,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"--run {folder}: there is no results.json in it, so it isn't the output folder of a finished distillation run. "
             "Models in other places are named with --models NAME=PLACE."
         )
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     if not results.get("student"):
         raise ValueError(
             f"--run {folder}: its results.json has {sorted(results)} and no student, so it isn't that of a distillation run. Name "

@@ -4,8 +4,9 @@
     python scripts/predict.py --model_name_or_path runs/student --input folder/ --threshold 0.3 --batch_size 8
     python scripts/predict.py --model_name_or_path runs/student --input video.mp4 --every 5
 
-A folder is searched with its subfolders, in the order of the names; a video is read frame by frame (with PyAV, or else
-OpenCV). predictions.json has ``images`` (id, file_name, width, height), ``categories`` (id, name) and ``annotations`` as
+A folder is searched with its subfolders, in the order of the names, but for hidden files and what this command wrote into
+it; files that can't be read are left out and named at the end, with exit code 1. A video is read frame by frame (with
+PyAV, or else OpenCV). predictions.json has ``images`` (id, file_name, width, height), ``categories`` (id, name) and ``annotations`` as
 COCO's results: image_id, category_id, bbox (x, y, width, height in pixels), score, and the file's and class's names too.
 """
 
@@ -59,18 +60,23 @@ class Picture:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command. Returns what it writes to ``predictions.json``."""
+    """The command. Returns what it writes to ``predictions.json``.
+
+    Raises:
+        SystemExit: with code 1, where files of the folder can't be read; the detections in the others are written.
+    """
     model_arguments, arguments = parse((ModelArguments, PredictArguments), argv, __doc__)
     if model_arguments.model_name_or_path is None or arguments.input is None:
         raise ValueError("--model_name_or_path (the detector) and --input (image, folder or video) are needed.")
+    model_arguments.refuse_building()
     if not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold is {arguments.threshold}; a score is between 0 and 1.")
     if arguments.batch_size < 1 or arguments.every < 1:
         raise ValueError("--batch_size and --every must be 1 or more.")
-    pictures = read_pictures(Path(arguments.input), arguments.every)
+    output, unreadable = Path(arguments.output_dir), []
+    pictures = read_pictures(Path(arguments.input), arguments.every, output, unreadable)
     model = load_detector(model_arguments.model_name_or_path, **model_arguments.hub())
     processor = build_image_processor(model_arguments, model)
-    output = Path(arguments.output_dir)
     model.to(arguments.device or best_device()).eval()
     results = predict(
         model,
@@ -86,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"{len(results['annotations'])} detections in {len(results['images'])} images, written to {output}: "
         f"predictions.json{' and drawn images' if arguments.draw else ''}"
     )
+    if unreadable:
+        raise SystemExit("\n".join([f"{len(unreadable)} files can't be read and were left out:", *unreadable]))
     return results
 
 
@@ -146,18 +154,32 @@ def detections(
     return [{name: value.cpu() for name, value in one.items()} for one in found]
 
 
-def read_pictures(place: Path, every: int = 1) -> Iterator[Picture]:
-    """The pictures of a file or folder, one at a time.
+def read_pictures(
+    place: Path, every: int = 1, leave_out: Path | None = None, unreadable: list[str] | None = None
+) -> Iterator[Picture]:
+    """The pictures of a file or folder, one at a time; of a folder without hidden files.
+
+    Args:
+        every: of a video, only every so many-th frame.
+        leave_out: an output folder, whose drawn pictures are no input where it lies in ``place`` or is it.
+        unreadable: gets a line for each file of a folder that can't be read; None: it raises.
 
     Raises:
         FileNotFoundError: there is no such place, or no image in the folder.
         ValueError: a file that is neither image nor video, or a video that nothing installed can read.
     """
     if place.is_dir():
-        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGES)
+        made = None if leave_out is None else _made(leave_out.resolve(), place.resolve())
+        files = sorted(
+            path
+            for path in place.rglob("*")
+            if path.suffix.lower() in IMAGES
+            and not any(part.startswith(".") for part in path.relative_to(place).parts)
+            and not (made and path.resolve().is_relative_to(made))
+        )
         if not files:
             raise FileNotFoundError(f"--input {place}: no image in the folder; known endings are {sorted(IMAGES)}.")
-        return (_read(path, str(path.relative_to(place))) for path in files)
+        return _read_all(files, place, unreadable)
     if not place.is_file():
         raise FileNotFoundError(f"--input {place}: there is no such file or folder.")
     if place.suffix.lower() in VIDEOS:
@@ -177,12 +199,29 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _made(output: Path, place: Path) -> Path | None:
+    """Where in ``place`` the drawn pictures of an earlier call are; None: not there."""
+    if output == place:
+        return output / "drawn"
+    return output if place in output.parents else None
+
+
+def _read_all(files: Sequence[Path], place: Path, unreadable: list[str] | None) -> Iterator[Picture]:
+    for path in files:
+        try:
+            yield _read(path, str(path.relative_to(place)))
+        except ValueError as error:
+            if unreadable is None:
+                raise
+            unreadable.append(str(error))
+
+
 def _read(path: Path, name: str) -> Picture:
     """An image as viewers show it: upright, RGB."""
     try:
         with Image.open(path) as image:
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for a broken PNG
         raise ValueError(f"--input {path} is neither an image nor a video that can be read: {error}") from error
     return Picture(name, torch.from_numpy(pixels).permute(2, 0, 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 import time
@@ -20,8 +21,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
 from ..evaluation.cost import cost_rows
-from ..reporting.run import STATE, TWIN, UNFINISHED
+from ..reporting.run import STATE, TWIN, UNFINISHED, checkpoints, results_file
 from ..reporting.versions import versions
+from ..sheets import FOLDER as SHEETS
 from .arguments import DataArguments, ModelArguments
 from .setup import Data, write_json
 
@@ -131,10 +133,15 @@ def name_run(args: DistillationConfig, of: str | None = None) -> None:
 
 
 def forget_earlier(args: DistillationConfig) -> None:
-    """Removes what would pass for this run's: the states of an earlier one in the same folder, unless it goes on."""
-    if args.should_save and args.resume_from_checkpoint is None:
-        for folder in (Path(args.output_dir), Path(args.output_dir) / TWIN):
-            (folder / STATE).unlink(missing_ok=True)
+    """Removes what would pass for this run's: results, states, checkpoints, sheets and twin of an earlier one in the same
+    folder, unless it goes on."""
+    output = Path(args.output_dir)
+    used = results_file(output) or (output / STATE).is_file() or checkpoints(output)  # else the folders are another's
+    if args.should_save and args.resume_from_checkpoint is None and used:
+        for folder in (*checkpoints(output), output / TWIN, output / SHEETS):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in (STATE, UNFINISHED, "results.json"):
+            (output / name).unlink(missing_ok=True)
 
 
 def write_unfinished(results: dict[str, Any], args: DistillationConfig) -> None:

@@ -1,10 +1,16 @@
-"""From which checkpoint a run goes on."""
+"""From which checkpoint a run goes on, and with which settings."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
+
+from ..reporting.fairness import HARMLESS
+from ..reporting.run import STATE, checkpoints, results_file
 
 
 def checkpoint_to_resume(wish: str | None, output: Path) -> str | None:
@@ -13,17 +19,63 @@ def checkpoint_to_resume(wish: str | None, output: Path) -> str | None:
     ``"true"`` means the last complete one in the output folder, if there is one; a path means that one.
 
     Raises:
-        ValueError: the output folder has checkpoints of an earlier run and nothing was said about them.
+        ValueError: the output folder has checkpoints of an earlier run and nothing was said about them, or a finished run
+            without checkpoints that was not to be overwritten.
     """
-    last = last_complete_checkpoint(output)
-    if wish is None or str(wish).lower() == "false":
-        if last is not None and wish is None:
-            raise ValueError(
-                f"{output} has checkpoints of an earlier run (the last is {last}). Pass --resume_from_checkpoint true to "
-                "go on from it, or choose another --output_dir."
-            )
+    last, said = last_complete_checkpoint(output), str(wish).lower()
+    if said == "false":
         return None
-    return last if str(wish).lower() == "true" else str(wish)
+    if wish is not None and said != "true":
+        return str(wish)
+    if last is not None and wish is None:
+        raise ValueError(
+            f"{output} has checkpoints of an earlier run (the last is {last}). Pass --resume_from_checkpoint true to "
+            "go on from it, or choose another --output_dir."
+        )
+    if last is None and has_finished(output):
+        raise ValueError(
+            f"{output} has a finished run and no checkpoint to go on from. Choose another --output_dir, or pass "
+            "--resume_from_checkpoint false to train anew in its place."
+        )
+    return last
+
+
+def has_finished(output: Path) -> bool:
+    """Whether a training ended in this folder, and none was begun in it since."""
+    file = results_file(output)
+    if file is None or file.name != "results.json":
+        return False
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return bool(results.get("student") or results.get("model"))
+
+
+def same_settings(checkpoint: str | None, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses to go on with other settings than those the run was begun with, as far as its folder says what these were.
+
+    Args:
+        checkpoint: to go on from; None: the run begins anew.
+        now: the flags of this call by group, as for ``results.json``.
+
+    Raises:
+        ValueError: naming the settings that differ, with both values.
+    """
+    file = None if checkpoint is None else results_file(Path(checkpoint).parent)
+    if file is None:
+        return
+    begun = json.loads(file.read_text(encoding="utf-8")).get("settings", {})
+    now = json.loads(json.dumps(now, default=str))  # as it would be written
+    different = {
+        name: f"{name} {its[name]!r} -> {values[name]!r}"
+        for group, values in now.items()
+        for its in [begun.get(group, {})]
+        for name in (values.keys() & its.keys()) - HARMLESS  # another version may have more settings
+        if its[name] != values[name]
+    }
+    if different:
+        raise ValueError(
+            f"{Path(checkpoint).parent} was begun with other settings: {'; '.join(map(different.get, sorted(different)))}. "
+            "Pass those of the first run, or choose another --output_dir for a new one."
+        )
 
 
 def found_by_all(checkpoint: str | None) -> str | None:
@@ -43,5 +95,5 @@ def found_by_all(checkpoint: str | None) -> str | None:
 
 def last_complete_checkpoint(output: Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes ``trainer_state.json`` last."""
-    complete = [folder.parent for folder in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda folder: int(folder.name.split("-")[-1]))) if complete else None
+    complete = [folder for folder in checkpoints(output) if (folder / STATE).is_file()]
+    return str(complete[-1]) if complete else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +103,7 @@ def _load_parts(
         splits = keep_classes(splits, arguments.classes)
     splits, names = choose_splits(splits, arguments, wanted, say)
     limits = {names[part]: arguments.max_eval_samples for part in wanted}
-    if "train" in wanted:
+    if "train" in wanted and (len(wanted) > 1 or arguments.max_eval_samples is None):  # alone it is measured
         limits[names["train"]] = arguments.max_train_samples
     used = {
         name: splits[name].select(range(min(limit or len(splits[name]), len(splits[name]))))
@@ -244,11 +246,10 @@ def family_image_processor(model: PreTrainedModel) -> BaseImageProcessor:
 
 
 def write_json(values: dict | list, path: str | Path) -> None:
-    """Readable JSON; whole or not at all."""
-    import json
+    """Readable JSON; whole or not at all, also where several processes write it."""
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("results", nargs="+", help="results.json of runs with --with_twin, one per seed")
     parser.add_argument("--output", help="file name without suffix")
     arguments = parser.parse_args(argv)
-    runs = [json.loads(Path(path).read_text()) for path in arguments.results]
+    runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in arguments.results]
     lacking = [path for path, run in zip(arguments.results, runs, strict=True) if not (run["twin"] and run["teacher"])]
     if lacking:
         raise ValueError(f"{lacking} have no twin or no teacher: run distill.py with --with_twin true.")
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"Method {summary['method']}, seeds {seeds}, {summary['steps']} steps, {summary['dataset']}, test split; "
             "mean ± standard deviation over the seeds, and the gain as the mean of the differences with its smallest and "
             f"largest.\n\n{table}\n\nStudent: {summary['student_parameters'] / 1e6:.2f} M parameters, teacher: "
-            f"{summary['teacher_parameters'] / 1e6:.2f} M.{time}\n"
+            f"{summary['teacher_parameters'] / 1e6:.2f} M.{time}\n",
+            encoding="utf-8",
         )
     return summary
 

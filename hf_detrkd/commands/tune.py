@@ -38,6 +38,7 @@ from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid, read_grid
 from .records import versions
 from .setup import write_json
 
+SHARE = 0.3
 ROUNDS = 4
 TOLERANCE = 0.02
 """How near the share must come to the target."""
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="the grid, a YAML file")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of names data/pair/method/seed0")
-    parser.add_argument("--target_share", type=float, default=0.3, help="of the gradient norm, between 0 and 1")
+    parser.add_argument("--target_share", type=float, help=f"of the gradient norm, between 0 and 1; default: {SHARE}")
     parser.add_argument("--search", type=float, nargs="+", default=[], help="shares to try in whole runs")
     parser.add_argument("--balance", action="store_true", help="give all terms gradients of the same norm")
     parser.add_argument("--after", type=int, default=20, help="steps before the measurement")
@@ -72,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--evidence", type=Path, default=Path("docs/results/tuning"), help="folder of the evidence")
     arguments = parser.parse_args(argv)
+    if arguments.target_share is not None and arguments.search:
+        raise ValueError(
+            f"--target_share {arguments.target_share} beside --search {' '.join(map(str, arguments.search))}: a search tries "
+            "its own shares. Put it among them, or leave --search out."
+        )
+    arguments.target_share = SHARE if arguments.target_share is None else arguments.target_share
     for share in (arguments.target_share, *arguments.search):
         if not 0 < share < 1:
             raise ValueError(f"A share of the gradient norm is {share}; it must lie between 0 and 1.")
@@ -176,7 +183,7 @@ def measure(cell: Cell, fields: Mapping[str, Any], after: int, steps: int) -> Me
     folder = cell.folder.parent / "tuning"
     recipe["output_dir"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     *arguments, args = flags_in(folder)
     run = prepare(*arguments, args, say=lambda *_: None)
     trainer = DistillationTrainer(
@@ -231,7 +238,7 @@ def search(
     content = {"data": {cell.data: {}}, "pairs": {cell.pair: pair}, "methods": methods, "seeds": [cell.seed]}
     path = Path(arguments.runs) / f"{grid.name}_search.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({**content, "split": "validation"}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**content, "split": "validation"}, sort_keys=False), encoding="utf-8")
     trials = read_grid(path, arguments.runs)
     outcomes = Runner(trials, arguments.jobs).run(trials.cells)
     bad = {name: outcome for name, outcome in outcomes.items() if outcome != "done"}
@@ -260,14 +267,15 @@ def _keep(name: str, found: Mapping[str, Any], arguments: argparse.Namespace) ->
     """Adds what was found to the overrides and the evidence, which may be of several calls."""
     output = arguments.output or arguments.config.parent / "tuned" / f"{arguments.config.stem}.yaml"
     output.parent.mkdir(parents=True, exist_ok=True)
-    overrides = (yaml.safe_load(output.read_text()) or {}) if output.is_file() else {}
+    overrides = (yaml.safe_load(output.read_text(encoding="utf-8")) or {}) if output.is_file() else {}
     fields = {field: value for field, value in found["fields"].items() if field in ("kd_weight", "method_config")}
     overrides[name] = {field: value for field, value in fields.items() if value is not None}
     output.write_text(
-        "# Written by scripts/tune.py: `overrides` of a grid\n" + yaml.safe_dump(overrides, sort_keys=True)
+        "# Written by scripts/tune.py: `overrides` of a grid\n" + yaml.safe_dump(overrides, sort_keys=True),
+        encoding="utf-8",
     )
     evidence = arguments.evidence / f"{arguments.config.stem}.json"
-    before = json.loads(evidence.read_text()) if evidence.is_file() else {}
+    before = json.loads(evidence.read_text(encoding="utf-8")) if evidence.is_file() else {}
     write_json({**before, name: {**found, "versions": versions()}}, evidence)
     last = found["rounds"][-1]
     print(f"{name}: {overrides[name]}, share of the gradient {last['share']:.2f} -> {output}, {evidence}")

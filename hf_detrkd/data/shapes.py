@@ -90,7 +90,7 @@ def generate_shapes(name: str = SHAPES, cache_dir: str | Path | None = None) -> 
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{SHAPES}-", dir=folder.parent))
     try:
-        (draft / "categories.json").write_text(json.dumps(CLASS_NAMES))
+        (draft / "categories.json").write_text(json.dumps(CLASS_NAMES), encoding="utf-8")
         for number, split in enumerate(("train", "validation", "test")):
             _write_split(draft / split, number, getattr(config, split), config)
         try:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,7 +138,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} ({device.type})",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
+        "load": round(psutil.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}, python {platform.python_version()}",
         **packages,
     }
@@ -145,7 +146,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")  # elsewhere platform.processor() knows
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

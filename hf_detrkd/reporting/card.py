@@ -26,6 +26,12 @@ INDEXED = {"map": "AP", "map_50": "AP50", "map_75": "AP75"}
 """The metrics of the model-index, and their names."""
 PICTURES = {"curves.png": "Training curves", "sheet.png": "Detections on images of the test split"}
 
+MADE = tuple(
+    f"student_{name}"
+    for name in ("backbone", "backbone_weights", "d_model", "encoder_layers", "decoder_layers", "num_queries")
+)
+"""The settings by which a student is made from its teacher."""
+
 # Row of the settings table: where it comes from. Those that a run doesn't have are left out.
 SETTINGS = {
     "DistillationConfig": (
@@ -35,7 +41,7 @@ SETTINGS = {
         *("layer_supervision", "seed"),
     ),
     "ModelArguments": ("image_size", "do_normalize"),
-    "DistillArguments": ("inherit_from_teacher",),
+    "DistillArguments": ("inherit_from_teacher", *MADE),
 }
 
 
@@ -97,7 +103,7 @@ def model_card(
         classes=", ".join(class_names(metrics)) or "see `config.id2label`",
         split=split,
         dataset=_code_or_link(dataset, dataset_id, "datasets/"),
-        images=_images(results, split),
+        images=_images(results),
         comparison=comparison_table(shown, markdown=True) if shown else "Nothing was measured.",
         twin=_twin(results, methods, shown),
         recall=", and AR with 100 detections per image of this model",
@@ -137,7 +143,7 @@ def write_card(
         file = folder if folder.is_file() else folder / "results.json"
         if not file.is_file():
             raise ValueError(f"{folder} has no results.json, from which a card is written. Name the folder of a run.")
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_text(encoding="utf-8"))
         if output is None and folder.is_file():
             output = folder.with_suffix(".md")
     if "student" not in results and "model" not in results:
@@ -158,9 +164,14 @@ def student_row(results: Mapping[str, Any]) -> Mapping[str, Any]:
     return results["student"] if results.get("student") else results["model"]
 
 
+def part_measured(results: Mapping[str, Any]) -> str:
+    """The part whose metrics the card shows: ``test`` where that was measured, which needs labels, else ``validation``."""
+    return "test" if "map" in (student_row(results).get("test") or {}) else "validation"
+
+
 def measured(results: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
-    """The split whose metrics the card shows, and those of one row: the test split's where it was measured."""
-    part = "test" if student_row(results).get("test") else "validation"
+    """The split whose metrics the card shows, and those of one row."""
+    part = part_measured(results)
     split = results.get("data", {}).get("test_split", "test") if part == "test" else part
     metrics = row.get(part) or {}
     return split, metrics if "map" in metrics else {}
@@ -234,16 +245,22 @@ def _data(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     parts = []
     images = results.get("data", {}).get("images")
     if images:
-        parts.append(f"{images['train']} images to train, {images['validation']} to choose the best step.")
+        chosen = setting(results, "DistillationConfig", "load_best_model_at_end")
+        purpose = "choose the best step" if chosen else "validate"
+        parts.append(f"{images['train']} images to train, {images['validation']} to {purpose}.")
+    inherited = setting(results, "DistillArguments", "inherit_from_teacher")
+    more = " and the teacher's weights wherever name and shape agree" if inherited else ""
     start = results.get("start")
     if start:
         place = _code_or_link(start["name_or_path"], _hub_id(start))
         revision = f" at revision `{start['revision']}`" if start.get("revision") else ""
-        parts.append(f"Started from {place}{revision}.")
+        parts.append(f"Started from {place}{revision}{more}.")
     elif setting(results, "ModelArguments", "config_name"):
         backbone = setting(results, "ModelArguments", "backbone_weights")
         trained = f" with the backbone of `{Path(backbone).name}`" if backbone else ""
-        parts.append(f"Started from random weights{trained}.")
+        parts.append(f"Started from random weights{trained}{more}.")
+    elif any(setting(results, "DistillArguments", name) is not None for name in MADE):
+        parts.append("Made from the teacher, with its weights wherever they fit.")
     if row.get("steps") and row.get("train_seconds") and not row.get("resumed_from"):
         machine = results.get("versions", {}).get("machine")
         where = f" on {machine}" if machine else ""
@@ -281,9 +298,9 @@ def _method(name: str) -> dict[str, str | None]:
     return {"text": f"`{name}`: [{paper.title}](https://arxiv.org/abs/{paper.arxiv}).", "bibtex": paper.bibtex}
 
 
-def _images(results: Mapping[str, Any], split: str) -> str:
+def _images(results: Mapping[str, Any]) -> str:
     images = results.get("data", {}).get("images")
-    return f" ({images['test' if split != 'validation' else split]} images)" if images else ""
+    return f" ({images[part_measured(results)]} images)" if images else ""
 
 
 def dataset_of(results: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -291,7 +308,9 @@ def dataset_of(results: Mapping[str, Any]) -> tuple[str, str | None]:
     name = setting(results, "DataArguments", "dataset_name") or "the evaluation data"
     if results.get("dataset_on_hub"):
         return name, name
-    return name.partition(":")[0].rstrip("/").split("/")[-1], None
+    if name.partition(":")[0] == "shapes":  # which has its settings behind
+        return "shapes", None
+    return name.replace("\\", "/").rstrip("/").split("/")[-1], None
 
 
 def _hub_id(place: Mapping[str, Any] | None) -> str | None:

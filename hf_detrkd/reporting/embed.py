@@ -89,7 +89,7 @@ def benchmark_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def read_runs(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Single runs (``results.json``) and benchmarks in a folder and the folders in it, by path without the suffix."""
     contents = {path.relative_to(folder).with_suffix("").as_posix(): path for path in Path(folder).rglob("*.json")}
-    contents = {name: json.loads(path.read_text()) for name, path in sorted(contents.items())}
+    contents = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in sorted(contents.items())}
 
     def known(content: Any) -> bool:  # of distill.py, finetune.py, benchmark.py
         return isinstance(content, dict) and bool(
@@ -103,9 +103,9 @@ def embed_files(paths: list[Path], folder: str | Path) -> list[Path]:
     """Rewrites the documents from the results in ``folder``; returns those that changed."""
     summaries, runs, changed = read_summaries(folder), read_runs(folder), []
     for path in paths:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         new = embed(text, summaries, runs)
         if new != text:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
             changed.append(path)
     return changed

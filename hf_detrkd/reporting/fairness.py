@@ -9,11 +9,13 @@ METHOD_FIELDS = frozenset({"method", "method_config", "kd_weight", "kd_warmup_st
 """All in which a distilled run may differ from its twin."""
 HARMLESS = frozenset(
     {
+        "cache_dir",
         "dataloader_num_workers",
         "dataloader_persistent_workers",
         "dataloader_pin_memory",
         "dataloader_prefetch_factor",
         "disable_tqdm",
+        "evaluate_teacher",
         "gradient_share_steps",
         "hub_always_push",
         "hub_model_id",
@@ -21,6 +23,7 @@ HARMLESS = frozenset(
         "hub_revision",
         "hub_strategy",
         "license",
+        "local_rank",
         "logging_steps",
         "output_dir",
         "push_to_hub",
@@ -30,9 +33,11 @@ HARMLESS = frozenset(
         "save_total_limit",
         "sheet_images",
         "sheet_steps",
+        "token",
+        "with_twin",
     }
 )
-"""Settings that change no number of a result."""
+"""Settings that change no number of a result: runs may differ in them, and a run may go on with others."""
 TRAINING_LENGTH = frozenset({"settings.DistillationConfig.max_steps", "student.steps"})
 
 

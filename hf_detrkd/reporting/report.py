@@ -13,6 +13,7 @@ import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -233,14 +234,19 @@ def data_flags(run: Run) -> list[str]:
 
 def sheets(run: Run) -> list[tuple[str, str]]:
     """Sheets of detections, the newest first: a caption, and the picture as a data URI."""
-    drawn = sorted(run.folder.glob("sheets/step_*.png"), key=lambda file: int(file.stem.split("_")[1]))
+    names = {file.stem.removeprefix("step_"): file for file in run.folder.glob("sheets/step_*.png")}
+    drawn = sorted(int(step) for step in names if step.isdecimal())  # others are somebody's own
     number = SHEETS if run.finished else 1
     chosen = dict.fromkeys(drawn[round(index)] for index in np.linspace(len(drawn) - 1, 0, number)) if drawn else ()
-    files = [(f"Step {file.stem.split('_')[1]}, validation split", file) for file in chosen]
+    files = [(f"Step {step}, validation split", names[str(step)]) for step in chosen]
     last = run.folder / "sheet.png"
     if run.finished and last.is_file():
         files.insert(0, (f"At the end, {run.results.get('data', {}).get('test_split', 'test')} split", last))
-    return [(caption, data_uri(file)) for caption, file in files]
+    pictures = []
+    for caption, file in files:
+        with suppress(OSError, SyntaxError):  # one that isn't whole; PIL raises SyntaxError for a broken PNG
+            pictures.append((caption, data_uri(file)))
+    return pictures
 
 
 def data_uri(file: Path) -> Markup:

@@ -59,12 +59,15 @@ def read_run(folder: str | Path) -> Run:
         ValueError: it has neither results nor a state of Trainer's.
     """
     folder = Path(folder)
-    unfinished, finished = folder / UNFINISHED, folder / "results.json"
-    file = unfinished if unfinished.is_file() else finished
-    results = json.loads(file.read_text()) if file.is_file() else {"student": None}
+    file = results_file(folder)
+    finished = file is not None and file.name != UNFINISHED
+    results = {"student": None} if file is None else json.loads(file.read_text(encoding="utf-8"))
     role = "student" if "student" in results else "model"
-    states = {name: state for name, its in ((role, folder), (TWIN, folder / TWIN)) if (state := _state(its))}
-    if not file.is_file() and not states:
+    places = {role: folder}
+    if not finished or results.get(TWIN):  # else it is an earlier run's
+        places[TWIN] = folder / TWIN
+    states = {name: state for name, its in places.items() if (state := _state(its))}
+    if file is None and not states:
         raise ValueError(
             f"{folder} is not the folder of a run: it has no results.json, no {UNFINISHED} and no {STATE}. A run writes them "
             "at its first evaluation."
@@ -74,7 +77,18 @@ def read_run(folder: str | Path) -> Run:
         for name in (role, *(name for name in states if name != role))
     }
     results = {key: value for key, value in results.items() if value is not None} | rows
-    return Run(folder, file == finished and finished.is_file(), role, results, states)
+    return Run(folder, finished, role, results, states)
+
+
+def results_file(folder: Path) -> Path | None:
+    """What is known of the last run in a folder: ``results.json``, unless it isn't finished; None where nothing is."""
+    return next((file for name in (UNFINISHED, "results.json") if (file := folder / name).is_file()), None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Trainer's checkpoints, also those that were not written to their end, by step; not what only has such a name."""
+    found = [its for its in folder.glob("checkpoint-*") if its.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda its: int(its.name.removeprefix("checkpoint-")))
 
 
 def write_state(state: TrainerState, folder: str | Path) -> None:
@@ -88,9 +102,9 @@ def write_state(state: TrainerState, folder: str | Path) -> None:
 
 def _state(folder: Path) -> dict[str, Any] | None:
     """Trainer's state: the folder's own, or that of its newest checkpoint."""
-    checkpoints = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda file: int(file.parent.name.split("-")[-1]))
-    file = next((file for file in (folder / STATE, *reversed(checkpoints)) if file.is_file()), None)
-    return None if file is None else json.loads(file.read_text())
+    files = (its / STATE for its in (folder, *reversed(checkpoints(folder))))
+    file = next((file for file in files if file.is_file()), None)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8"))
 
 
 def _so_far(state: Mapping[str, Any] | None) -> dict[str, Any]:

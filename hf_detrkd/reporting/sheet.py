@@ -143,7 +143,7 @@ def draw_sheet(
     class_names: Mapping[int, str],
     threshold: float | Mapping[str, float] | None = None,
 ) -> None:
-    """Writes a PNG: one row per image; first column the ground truth, then each model's detections.
+    """Writes a PNG, whole or not at all: one row per image; first column the ground truth, then each model's detections.
 
     Hits, false detections, missed objects and crowd regions differ in colour and line, and are counted below each image; a
     detection is a hit as in `classify`. Small images are enlarged.
@@ -185,9 +185,12 @@ def draw_sheet(
     kinds = [kind for name, kind in KINDS.items() if name != "crowd" or any(row.crowd.any() for row in rows)]
     handles = [Line2D([], [], color=kind.color, linestyle=kind.style, lw=2, label=kind.label) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), facecolor="#dddddd")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
     # Constrained layout alone cuts the titles of few rows
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+    figure.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+    part.replace(path)
 
 
 @dataclass(frozen=True)

@@ -241,5 +241,5 @@ def overview(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def read_summaries(folder: str | Path) -> dict[str, dict[str, Any]]:
     """The summaries of grids in a folder, by name."""
-    contents = (json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json")))
+    contents = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json")))
     return {content["grid"]: content for content in contents if isinstance(content, dict) and "grid" in content}
