@@ -178,6 +178,13 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(
                 "`batch_eval_metrics=False` would keep every output of the evaluation in memory. Leave it at True."
             )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config` asks for `dispatch_batches=True`: process 0 would make the batches of all, and accelerate "
+                "cuts every tensor of a batch into shares, the tensors inside the labels too, which are no batches. Leave it out: "
+                "every process then makes batches of its own share."
+            )
+        self.accelerator_config.dispatch_batches = False  # None would mean True for an IterableDataset
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile=True` compiles the whole training step, which breaks into dozens of graphs at the "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import zoo
+from accelerate.utils import gather_object
 from scenes import Scenes, processor
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
@@ -31,6 +32,23 @@ class Counted(StreamingCocoMetrics):
             metrics |= {"images": sorted(self.images), "scores": self.scores, "boxes": self.boxes}
             self.images, self.scores, self.boxes = [], 0.0, 0.0
         return metrics
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """Scenes without a length."""
+
+    def __init__(self, number: int):
+        self.scenes = Scenes(number)
+
+    def __iter__(self):
+        return map(self.scenes.__getitem__, range(len(self.scenes)))
+
+
+def streamed_labels(trainer: DistillationTrainer, number: int) -> list:
+    """Image id, classes and boxes of every image that the processes get of a stream."""
+    trainer.train_dataset = Streamed(number)
+    labels = [label for batch in trainer.get_train_dataloader() for label in batch["labels"]]
+    return gather_object([[label[name].tolist() for name in ("image_id", "class_labels", "boxes")] for label in labels])
 
 
 def main(folder: str, method: str, student: str, teacher: str, batch: str) -> None:
@@ -68,9 +86,11 @@ def main(folder: str, method: str, student: str, teacher: str, batch: str) -> No
     evaluations = [trainer.evaluate()]
     trainer.train()
     evaluations += [trainer.evaluate(), trainer.evaluate(Scenes(5, seed=2))]
+    streamed = streamed_labels(trainer, 12)
     if trainer.is_world_process_zero():
         keys = ["eval_map", "eval_mar_100", "eval_images", "eval_scores", "eval_boxes"]
         result = {"evaluations": [{key: evaluation[key] for key in keys} for evaluation in evaluations]}
+        result["streamed"] = sorted(streamed)
         result["logs"] = [log for log in trainer.state.log_history if "loss" in log]
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "result.json").write_text(json.dumps(result))

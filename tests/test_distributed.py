@@ -36,6 +36,8 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, method, student, teac
         assert first["eval_scores"] > 0
         for key in ("eval_map", "eval_mar_100", "eval_scores", "eval_boxes"):
             assert first[key] == pytest.approx(second[key], rel=1e-4, abs=1e-4)
+    assert one["streamed"] == two["streamed"]  # every image once, with its own labels
+    assert [image_id for (image_id,), *_ in one["streamed"]] == list(range(12))
     assert one_weights.keys() == two_weights.keys()
     start = zoo.build(student).state_dict()
     moved = max((one_weights[name] - value).abs().max() for name, value in start.items())
