@@ -178,6 +178,12 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(
                 "`batch_eval_metrics=False` would keep every output of the evaluation in memory. Leave it at True."
             )
+        for kind in ("bf16", "fp16"):
+            if getattr(self, f"{kind}_full_eval"):
+                raise ValueError(
+                    f"`{kind}_full_eval=True` would cast the student itself to {kind}: its losses fail there, and it would be saved "
+                    f"so. Leave it out: `{kind}=True` evaluates in {kind} already, by autocast, and the weights stay float32."
+                )
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "`accelerator_config` asks for `dispatch_batches=True`: process 0 would make the batches of all, and accelerate "

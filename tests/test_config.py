@@ -126,6 +126,15 @@ def test_json_that_is_refused(name, given, message):
         config(**{name: given})
 
 
+def test_tokens_are_not_written_down(tmp_path):
+    """What `to_dict` gives goes to trackers, and the files of tensorboard to the Hub."""
+    args = config(hub_token="hf_secret", teacher_model_init_kwargs={"token": "hf_secret", "revision": "v1"})
+    assert "hf_secret" not in args.to_json_string()
+    assert args.to_dict()["teacher_model_init_kwargs"] == {"token": "<TOKEN>", "revision": "v1"}
+    assert args.teacher_model_init_kwargs["token"] == args.hub_token == "hf_secret"
+    assert config(teacher_model_init_kwargs={"token": True}).to_dict()["teacher_model_init_kwargs"] == {"token": True}
+
+
 def schedule(args: DistillationConfig, steps, of: int) -> list[float]:
     return [args.kd_scale(step, of) for step in steps]
 
@@ -181,6 +190,8 @@ def test_kd_scale_stops():
         ({"batch_eval_metrics": False}, "would keep every output of the evaluation in memory. Leave it at True"),
         ({"torch_compile": True}, "compiles the whole training step.*Use `compile_models=True`"),
         ({"torch_compile_backend": "inductor"}, "compiles the whole training step"),
+        ({"bf16_full_eval": True}, "`bf16_full_eval=True` would cast the student.*`bf16=True` evaluates in bf16 already"),
+        ({"fp16_full_eval": True}, "`fp16_full_eval=True` would cast the student.*`fp16=True` evaluates in fp16 already"),
         (
             {"accelerator_config": {"dispatch_batches": True}},
             "cuts every tensor of a batch.*the tensors inside the labels.*Leave it out",

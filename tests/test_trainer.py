@@ -229,6 +229,19 @@ def test_bf16_autocast_trains(tmp_path, pair):
     assert all(math.isfinite(log["loss"]) for log in run.state.log_history if "loss" in log)
 
 
+def test_bf16_evaluates_in_bf16(tmp_path):
+    """As the refusal of `bf16_full_eval` says; the weights stay as they are."""
+    run = trainer(tmp_path, method="none", bf16=True, max_steps=1)
+    seen = []
+    layer = next(m for m in run.student.model.encoder.modules() if isinstance(m, torch.nn.Linear))
+    layer.register_forward_hook(lambda m, a, output: seen.append((m.training, output.dtype)))
+    run.evaluate()
+    run.train()
+    run.evaluate()
+    assert set(seen) == {(training, torch.bfloat16) for training in (True, False)}
+    assert run.student.dtype == torch.float32
+
+
 def test_gradient_checkpointing_gives_the_same_run(tmp_path):
     states = []
     for checkpointing in (False, True):
