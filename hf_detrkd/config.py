@@ -6,7 +6,9 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -203,6 +205,10 @@ class DistillationConfig(TrainingArguments):
                 "silently lose their gradient. Use `use_reentrant=False`."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the tokens inside settings as `<TOKEN>` too: trackers write this down, and it is pushed."""
+        return without_tokens(super().to_dict())
+
     @property
     def device(self) -> torch.device:
         """As in transformers, but never "cpu:0", for which several processes of transformers 5.17 can't resume."""
@@ -221,6 +227,18 @@ class DistillationConfig(TrainingArguments):
         done = step / (stop or max_steps)
         decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.kd_decay]
         return self.kd_weight * decay * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+
+def without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, and those inside of them, with `<TOKEN>` for a token: what may be published."""
+    return {
+        name: without_tokens(value)
+        if isinstance(value, Mapping)
+        else f"<{name.upper()}>"
+        if str(name).split("_")[-1] == "token" and isinstance(value, str)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _method_names(method: str | list[str]) -> list[str]:

@@ -190,8 +190,14 @@ def test_kd_scale_stops():
         ({"batch_eval_metrics": False}, "would keep every output of the evaluation in memory. Leave it at True"),
         ({"torch_compile": True}, "compiles the whole training step.*Use `compile_models=True`"),
         ({"torch_compile_backend": "inductor"}, "compiles the whole training step"),
-        ({"bf16_full_eval": True}, "`bf16_full_eval=True` would cast the student.*`bf16=True` evaluates in bf16 already"),
-        ({"fp16_full_eval": True}, "`fp16_full_eval=True` would cast the student.*`fp16=True` evaluates in fp16 already"),
+        (
+            {"bf16_full_eval": True},
+            "`bf16_full_eval=True` would cast the student.*`bf16=True` evaluates in bf16 already",
+        ),
+        (
+            {"fp16_full_eval": True},
+            "`fp16_full_eval=True` would cast the student.*`fp16=True` evaluates in fp16 already",
+        ),
         (
             {"accelerator_config": {"dispatch_batches": True}},
             "cuts every tensor of a batch.*the tensors inside the labels.*Leave it out",
