@@ -18,7 +18,7 @@ from .callbacks import SetEpoch, StampSeconds, UpdateAverage
 from .checkpoints import load_checkpoint, resume, training_state, write_state
 from .config import DistillationConfig
 from .data.collator import DetectionCollator
-from .detectors import check_classes, digest, load_detector
+from .detectors import check_classes, digest, image_processor_beside, load_detector
 from .ema import ExponentialMovingAverage
 from .evaluation.streaming import StreamingCocoMetrics
 from .evaluation.trainer import StreamingTrainer
@@ -59,7 +59,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             ``teacher_pixel_values``; by default `DetectionCollator` over the image processors.
         train_dataset, eval_dataset: items as `DetectionDataset` gives them, or as your collator takes them.
         processing_class: the student's image processor, which also post-processes its outputs in evaluation.
-        teacher_processing_class: the teacher's image processor; by default the student's pixels are shared.
+        teacher_processing_class: the teacher's image processor; by default the one beside its checkpoint, loaded with what
+            ``teacher_model_init_kwargs`` say of the place. Where there is none the teacher gets the student's pixels, with a
+            warning where it is of another family or was loaded from somewhere. Not used with a ``data_collator``.
         methods: instances of methods of your own, instead of ``args.method``.
         compute_metrics: by default COCO average precision, streamed.
 
@@ -127,9 +129,11 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
                     "`processing_class` is missing: it turns images into the student's pixels and the student's outputs "
                     "into detections. Pass AutoImageProcessor.from_pretrained(<student>), or your own `data_collator`."
                 )
-            data_collator = DetectionCollator(
-                processing_class, teacher_processing_class if self.teacher is not None else None
-            )
+            if self.teacher is None:
+                teacher_processing_class = None
+            elif teacher_processing_class is None:
+                teacher_processing_class = self._teacher_image_processor(student, args)
+            data_collator = DetectionCollator(processing_class, teacher_processing_class)
         if compute_metrics is None and eval_dataset is not None:
             names = [student.config.id2label[i] for i in range(student.config.num_labels)]
             compute_metrics = StreamingCocoMetrics(names)
@@ -189,13 +193,23 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
                 'or choose method="none".'
             )
         if isinstance(teacher, str):
-            options = dict(args.teacher_model_init_kwargs or {})
-            if args.teacher_model_revision is not None:
-                options["revision"] = args.teacher_model_revision
-            teacher = load_detector(teacher, **options)
+            teacher = load_detector(teacher, **_teacher_options(args))
         elif args.shard_teacher:
             teacher = copy.deepcopy(teacher)  # the one that was given stays whole
         return load_detector(teacher).eval().requires_grad_(False)
+
+    def _teacher_image_processor(self, student: PreTrainedModel, args: DistillationConfig) -> BaseImageProcessor | None:
+        """The one beside the teacher; None, where there is none, for the student's."""
+        try:
+            return image_processor_beside(self.teacher, **_teacher_options(args))
+        except OSError as error:
+            other = self.teacher.config.model_type != student.config.model_type
+            if args.process_index == 0 and (other or self.teacher.name_or_path):
+                logger.warning(
+                    f"The teacher gets the student's pixels, which may be of another size or normalisation than its own. {error} "
+                    "Pass its image processor as `teacher_processing_class`."
+                )
+            return None
 
     def _teacher_view(self, inputs: dict[str, Any], attentions: bool):
         self.teacher.eval()
@@ -367,3 +381,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             teacher = {"name_or_path": self.teacher.name_or_path, "parameters": self.teacher.num_parameters()}
         settings = {"DistillationConfig": self.args.to_dict()}
         return {"student": student, "teacher": teacher, "twin": None, "settings": settings, "versions": versions()}
+
+
+def _teacher_options(args: DistillationConfig) -> dict[str, Any]:
+    """For the teacher's `from_pretrained`."""
+    revision = {} if args.teacher_model_revision is None else {"revision": args.teacher_model_revision}
+    return {**(args.teacher_model_init_kwargs or {}), **revision}

@@ -13,7 +13,13 @@ import pytest
 import torch
 import zoo
 from scenes import Scenes, processor
-from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    DetrImageProcessor,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_detrkd import DistillationConfig, DistillationModel, DistillationTrainer
 from hf_detrkd.checkpoints import STATE_NAME
@@ -282,6 +288,61 @@ def test_teacher_with_other_pixels(tmp_path):
     teacher.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["pixel_values"].shape)), with_kwargs=True)
     run.train()
     assert set(seen) == {(2, 3, 96, 96)} or set(seen) == {(2, 3, 96, 96), (1, 3, 96, 96)}
+
+
+@pytest.fixture
+def detr_teacher(tmp_path) -> Path:
+    """A teacher that wants normalised pixels, with its image processor."""
+    zoo.build("detr", seed=3).save_pretrained(tmp_path / "detr")
+    DetrImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path / "detr")
+    return tmp_path / "detr"
+
+
+def sharing(folder, teacher, **more) -> DistillationTrainer:
+    """A trainer that isn't told the teacher's image processor."""
+    settings = {"method": "logit_kd", **more.pop("settings", {})}
+    return DistillationTrainer(
+        zoo.build("rt_detr"), teacher, config(folder, **settings), processing_class=processor(), **more
+    )
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_teacher_gets_the_pixels_of_the_image_processor_beside_it(tmp_path, detr_teacher, loaded):
+    teacher = AutoModelForObjectDetection.from_pretrained(detr_teacher) if loaded else str(detr_teacher)
+    batch = sharing(tmp_path, teacher).data_collator([Scenes()[1]])
+    expected = AutoImageProcessor.from_pretrained(detr_teacher)(images=[Scenes()[1]["image"]], return_tensors="pt")
+    assert torch.equal(batch["teacher_pixel_values"], expected["pixel_values"])
+
+
+def test_teachers_image_processor_is_loaded_like_the_teacher(tmp_path, detr_teacher, monkeypatch):
+    calls = []
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda *a, **k: calls.append((a, k)) or processor())
+    options = {"token": "hf_secret", "cache_dir": str(tmp_path), "attn_implementation": "eager"}
+    settings = {"teacher_model_name_or_path": str(detr_teacher), "teacher_model_revision": "v1"}
+    sharing(tmp_path, None, settings=settings | {"teacher_model_init_kwargs": options})
+    own = {"token": "hf_secret", "cache_dir": str(tmp_path), "revision": "v1"}
+    assert calls == [((str(detr_teacher),), own)]
+
+
+def test_teacher_shares_the_students_pixels_where_it_has_no_image_processor(tmp_path, detr_teacher, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_detrkd.trainer.logger.warning", said.append)
+
+    def warnings(teacher, **more) -> list[str]:
+        said.clear()
+        run = sharing(tmp_path, teacher, **more)
+        assert "teacher_pixel_values" not in run.data_collator([Scenes()[1]])
+        return [message for message in said if "student's pixels" in message]
+
+    (detr_teacher / "preprocessor_config.json").unlink()
+    (message,) = warnings(str(detr_teacher))
+    assert f"No image processor was loaded from {detr_teacher}" in message and "`teacher_processing_class`" in message
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", None)  # without a name nothing is looked for
+    (message,) = warnings(zoo.build("detr", seed=3))
+    assert "DetrForObjectDetection has no `name_or_path`" in message
+    assert not warnings(zoo.build("rt_detr", seed=3))
+    assert not warnings(str(detr_teacher), teacher_processing_class=processor())
+    assert not warnings(str(detr_teacher), data_collator=DetectionCollator(processor()))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
-from ..detectors import digest, load_detector
+from ..detectors import PLACE, digest, load_detector
 from ..evaluation.cost import environment
 from ..evaluation.detector import evaluate_detector
 from ..families import adapter_for
@@ -120,7 +120,7 @@ def prepare(
         teacher = load_detector(teacher_path, **options)
         processor_place = extra.teacher_image_processor_name or teacher_path
         if processor_place == teacher_path:
-            hub |= {name: options[name] for name in ("revision", "subfolder", "trust_remote_code") if name in options}
+            hub |= {name: options[name] for name in PLACE if name in options}
         teacher_processor = AutoImageProcessor.from_pretrained(processor_place, **hub)
     elif args.method != ["none"]:
         raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
