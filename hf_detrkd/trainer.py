@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
@@ -296,6 +296,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             # accelerate takes a model that `evaluate` has prepared for one in DDP: the processes would train apart
             self.model._is_accelerate_prepared = False
         result = super().train(*args, **kwargs)
+        self._take_buffers_of_process_zero()
         if self.ema is not None:
             self.ema.copy_to_model()
         return result
@@ -304,8 +305,18 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """Evaluates the moving average where there is one."""
+        self._take_buffers_of_process_zero()
         with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _take_buffers_of_process_zero(self) -> None:
+        """Batch norms have the running statistics of their own process's last batch, and process 0's are saved."""
+        if self.args.world_size == 1:
+            return
+        for name, value in self.student.named_buffers():
+            if value.is_floating_point():
+                for its in (value,) if self.ema is None else (value, self.ema.average[name]):
+                    distributed.broadcast(its, src=0)
 
     def _averaged(self) -> AbstractContextManager:
         """The student has the averaged weights inside, where there is an average."""

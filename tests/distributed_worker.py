@@ -51,17 +51,17 @@ def streamed_labels(trainer: DistillationTrainer, number: int) -> list:
     return gather_object([[label[name].tolist() for name in ("image_id", "class_labels", "boxes")] for label in labels])
 
 
-def main(folder: str, method: str, student: str, teacher: str, batch: str) -> None:
-    torch.set_num_threads(1)
+def build(folder: str, method: str, student: str, teacher: str, batch: int) -> DistillationTrainer:
+    """The trainer of every process."""
     student, teacher = zoo.build(student), zoo.build(teacher, seed=3)
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         model=student,
         teacher_model=None if method == "none" else teacher,
         args=DistillationConfig(
             output_dir=folder,
             method=method,
             method_config={"general_points": 4} if method == "kd_detr" else None,
-            per_device_train_batch_size=int(batch),
+            per_device_train_batch_size=batch,
             per_device_eval_batch_size=2,
             max_steps=3,
             use_cpu=True,
@@ -83,6 +83,11 @@ def main(folder: str, method: str, student: str, teacher: str, batch: str) -> No
         compute_metrics=Counted(list(Scenes().id2label.values())),
         teacher_processing_class=processor(teacher),
     )
+
+
+def main(folder: str, method: str, student: str, teacher: str, batch: str) -> None:
+    torch.set_num_threads(1)
+    trainer = build(folder, method, student, teacher, int(batch))
     evaluations = [trainer.evaluate()]
     trainer.train()
     evaluations += [trainer.evaluate(), trainer.evaluate(Scenes(5, seed=2))]
