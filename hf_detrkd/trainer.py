@@ -136,6 +136,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             data_collator = DetectionCollator(processing_class, teacher_processing_class)
         if compute_metrics is None and eval_dataset is not None:
             names = [student.config.id2label[i] for i in range(student.config.num_labels)]
+            names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]  # COCO's "N/A"
             compute_metrics = StreamingCocoMetrics(names)
         super().__init__(
             model=wrapper,

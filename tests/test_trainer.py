@@ -466,6 +466,19 @@ def test_persistent_workers_dont_mix_data_sets_up(tmp_path):
     assert run.get_eval_dataloader(run.eval_dataset) is run.get_eval_dataloader(run.eval_dataset)  # no new workers
 
 
+def test_classes_of_one_name_are_measured_apart(tmp_path):
+    """COCO's 91 names have "N/A" eleven times; a metric needs names of its own."""
+    student = zoo.build("rt_detr")
+    student.config.id2label = dict(enumerate(["N/A", "cat", "N/A", "dog", "N/A"]))
+    data = Scenes(3)
+    del data.id2label
+    arguments = config(tmp_path, method="none")
+    run = DistillationTrainer(student, args=arguments, eval_dataset=data, processing_class=processor())
+    names = [name.removeprefix("eval_mar_100_") for name in run.evaluate() if name.startswith("eval_mar_100_")]
+    assert set(names) <= {"N/A (0)", "cat", "N/A (2)", "dog", "N/A (4)", "small", "medium", "large"}
+    assert "cat" in names and any("N/A" in name for name in names)
+
+
 def test_evaluation_measures_the_average(tmp_path):
     run = trainer(tmp_path, max_steps=1, learning_rate=1e-2)
     loss = run.evaluate()["eval_loss"]
