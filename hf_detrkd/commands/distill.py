@@ -168,8 +168,10 @@ def distill(
     args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
     name_run(args)
     if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
-        # A wrong token or name shows before hours of training
-        args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
+        # A wrong token, name or branch shows before hours of training
+        args.hub_model_id = open_repository(
+            repository_of(args), token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision
+        )
     run = prepare(model_arguments, data_arguments, extra, args, say)
     data, teacher, processor = run.data, run.teacher, run.processor
     if teacher is not None:
