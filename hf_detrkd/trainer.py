@@ -364,13 +364,26 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     # -- the Hub -----------------------------------------------------------------------------------------------------
 
-    def create_model_card(self, model_name: str | None = None, **metadata) -> None:
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        *,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset=None,
+        dataset_args=None,
+        tasks=None,
+        **metadata,
+    ) -> None:
         """Writes ``README.md`` from what this trainer has measured; see `hf_detrkd.reporting.card`.
 
         Args:
             model_name: id on the Hub.
+            finetuned_from, dataset_tags: as with Trainer; the metadata's ``base_model`` and ``datasets``.
+            dataset, dataset_args, tasks: as with Trainer; not used, as the card says what was measured.
             metadata: ``license``, ``language``, ``base_model``, ``datasets``, ``tags``.
         """
+        metadata = {"base_model": finetuned_from, "datasets": dataset_tags, **metadata}
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self._results(), model_name or self.hub_model_id, **metadata)
 
