@@ -6,7 +6,9 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -178,6 +180,19 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(
                 "`batch_eval_metrics=False` would keep every output of the evaluation in memory. Leave it at True."
             )
+        for kind in ("bf16", "fp16"):
+            if getattr(self, f"{kind}_full_eval"):
+                raise ValueError(
+                    f"`{kind}_full_eval=True` would cast the student itself to {kind}: its losses fail there, and it would be saved "
+                    f"so. Leave it out: `{kind}=True` evaluates in {kind} already, by autocast, and the weights stay float32."
+                )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config` asks for `dispatch_batches=True`: process 0 would make the batches of all, and accelerate "
+                "cuts every tensor of a batch into shares, the tensors inside the labels too, which are no batches. Leave it out: "
+                "every process then makes batches of its own share."
+            )
+        self.accelerator_config.dispatch_batches = False  # None would mean True for an IterableDataset
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile=True` compiles the whole training step, which breaks into dozens of graphs at the "
@@ -189,6 +204,10 @@ class DistillationConfig(TrainingArguments):
                 "`gradient_checkpointing_kwargs` asks for `use_reentrant=True`: losses on attention maps would "
                 "silently lose their gradient. Use `use_reentrant=False`."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the tokens inside settings as `<TOKEN>` too: trackers write this down, and it is pushed."""
+        return without_tokens(super().to_dict())
 
     @property
     def device(self) -> torch.device:
@@ -208,6 +227,18 @@ class DistillationConfig(TrainingArguments):
         done = step / (stop or max_steps)
         decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.kd_decay]
         return self.kd_weight * decay * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+
+def without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, and those inside of them, with `<TOKEN>` for a token: what may be published."""
+    return {
+        name: without_tokens(value)
+        if isinstance(value, Mapping)
+        else f"<{name.upper()}>"
+        if str(name).split("_")[-1] == "token" and isinstance(value, str)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _method_names(method: str | list[str]) -> list[str]:

@@ -6,7 +6,11 @@ import hashlib
 
 import torch
 from torch import nn
-from transformers import AutoModelForObjectDetection, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+PLACE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code")
+"""Arguments of a model's `from_pretrained` that say where it is: those that the image processor beside it needs too."""
 
 
 def load_detector(model: PreTrainedModel | str, **options) -> PreTrainedModel:
@@ -23,6 +27,24 @@ def load_detector(model: PreTrainedModel | str, **options) -> PreTrainedModel:
             "(from_pretrained(..., dtype=torch.float32)); bf16=True in the config then computes in bfloat16."
         )
     return model
+
+
+def image_processor_beside(model: PreTrainedModel, **options) -> BaseImageProcessor:
+    """The image processor where a model was loaded from.
+
+    Args:
+        options: of the model's `from_pretrained`, of which those in `PLACE` are taken.
+
+    Raises:
+        OSError: there is none, or it can't be read. For a model without ``name_or_path`` nothing is looked for.
+    """
+    if not model.name_or_path:
+        raise OSError(f"This {type(model).__name__} has no `name_or_path`.")
+    place = {name: options[name] for name in PLACE if name in options}
+    try:
+        return AutoImageProcessor.from_pretrained(model.name_or_path, **place)
+    except (OSError, ValueError) as error:
+        raise OSError(f"No image processor was loaded from {model.name_or_path} ({error}).") from error
 
 
 def check_classes(student: PreTrainedModel, *datasets) -> None:

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 
 from .config import DistillationConfig
 from .reporting.card import write_card
@@ -60,7 +66,7 @@ def push_folder(
     commit_message: str = "End of training",
     write: Callable[[str], Any] | None = None,
 ) -> CommitInfo:
-    """Push what is in a run's folder, `NOT_PUSHED` excepted; the repository is made where it is missing.
+    """Push what is in a run's folder, `NOT_PUSHED` excepted; the repository and its branch are made where they are missing.
 
     Called again after a failure it sends what the Hub doesn't have yet.
 
@@ -71,7 +77,9 @@ def push_folder(
         PushError: with the command that pushes the same files again.
     """
     try:
-        repo_id = open_repository(repo_id, repo_type=repo_type, space_sdk=space_sdk, token=token, private=private)
+        repo_id = open_repository(
+            repo_id, repo_type=repo_type, space_sdk=space_sdk, token=token, private=private, revision=revision
+        )
         if write is not None:
             write(repo_id)
         return HfApi(token=token).upload_folder(
@@ -99,11 +107,15 @@ def open_repository(
     space_sdk: str | None = None,
     token: str | None = None,
     private: bool | None = None,
+    revision: str | None = None,
 ) -> str:
     """Make a repository where it is missing, and return its full id: a name alone is in the user's own namespace.
 
+    Args:
+        revision: a branch, which is made where it is missing, as a copy of main.
+
     Raises:
-        PushError: it can't be made, or is there already and holds something else.
+        PushError: one of the two can't be made, or the repository is there already and holds something else.
     """
     api = HfApi(token=token)
     try:
@@ -123,7 +135,19 @@ def open_repository(
             f"The {repo_type} {url.repo_id} exists and runs on {info.sdk}, not {space_sdk}: it holds something else, which "
             "this push would overwrite. Choose another name, or delete it."
         )
+    if revision is not None:
+        try:
+            _make_branch(api, url.repo_id, repo_type, revision)
+        except Exception as error:
+            raise PushError(explain(error, url.repo_id)) from error
     return url.repo_id
+
+
+def _make_branch(api: HfApi, repo_id: str, repo_type: str, revision: str) -> None:
+    try:
+        api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
 
 
 def upload_command(folder: str | Path, repo_id: str, repo_type: str = "model", revision: str | None = None) -> str:

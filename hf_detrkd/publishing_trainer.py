@@ -14,7 +14,9 @@ class PublishingTrainer(Trainer):
         """As Trainer's, with an error that says what to do; a repository of another kind of model is refused."""
         if self.is_world_process_zero():
             token, private = token or self.args.hub_token, self.args.hub_private_repo if private is None else private
-            self.hub_model_id = open_repository(repository_of(self.args), token=token, private=private)
+            self.hub_model_id = open_repository(
+                repository_of(self.args), token=token, private=private, revision=self.args.hub_revision
+            )
             self.push_in_progress = None
 
     def push_to_hub(

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
@@ -18,7 +18,7 @@ from .callbacks import SetEpoch, StampSeconds, UpdateAverage
 from .checkpoints import load_checkpoint, resume, training_state, write_state
 from .config import DistillationConfig
 from .data.collator import DetectionCollator
-from .detectors import check_classes, digest, load_detector
+from .detectors import check_classes, digest, image_processor_beside, load_detector
 from .ema import ExponentialMovingAverage
 from .evaluation.streaming import StreamingCocoMetrics
 from .evaluation.trainer import StreamingTrainer
@@ -59,7 +59,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             ``teacher_pixel_values``; by default `DetectionCollator` over the image processors.
         train_dataset, eval_dataset: items as `DetectionDataset` gives them, or as your collator takes them.
         processing_class: the student's image processor, which also post-processes its outputs in evaluation.
-        teacher_processing_class: the teacher's image processor; by default the student's pixels are shared.
+        teacher_processing_class: the teacher's image processor; by default the one beside its checkpoint, loaded with what
+            ``teacher_model_init_kwargs`` say of the place. Where there is none the teacher gets the student's pixels, with a
+            warning where it is of another family or was loaded from somewhere. Not used with a ``data_collator``.
         methods: instances of methods of your own, instead of ``args.method``.
         compute_metrics: by default COCO average precision, streamed.
 
@@ -127,11 +129,14 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
                     "`processing_class` is missing: it turns images into the student's pixels and the student's outputs "
                     "into detections. Pass AutoImageProcessor.from_pretrained(<student>), or your own `data_collator`."
                 )
-            data_collator = DetectionCollator(
-                processing_class, teacher_processing_class if self.teacher is not None else None
-            )
+            if self.teacher is None:
+                teacher_processing_class = None
+            elif teacher_processing_class is None:
+                teacher_processing_class = self._teacher_image_processor(student, args)
+            data_collator = DetectionCollator(processing_class, teacher_processing_class)
         if compute_metrics is None and eval_dataset is not None:
             names = [student.config.id2label[i] for i in range(student.config.num_labels)]
+            names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]  # COCO's "N/A"
             compute_metrics = StreamingCocoMetrics(names)
         super().__init__(
             model=wrapper,
@@ -189,13 +194,23 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
                 'or choose method="none".'
             )
         if isinstance(teacher, str):
-            options = dict(args.teacher_model_init_kwargs or {})
-            if args.teacher_model_revision is not None:
-                options["revision"] = args.teacher_model_revision
-            teacher = load_detector(teacher, **options)
+            teacher = load_detector(teacher, **_teacher_options(args))
         elif args.shard_teacher:
             teacher = copy.deepcopy(teacher)  # the one that was given stays whole
         return load_detector(teacher).eval().requires_grad_(False)
+
+    def _teacher_image_processor(self, student: PreTrainedModel, args: DistillationConfig) -> BaseImageProcessor | None:
+        """The one beside the teacher; None, where there is none, for the student's."""
+        try:
+            return image_processor_beside(self.teacher, **_teacher_options(args))
+        except OSError as error:
+            other = self.teacher.config.model_type != student.config.model_type
+            if args.process_index == 0 and (other or self.teacher.name_or_path):
+                logger.warning(
+                    f"The teacher gets the student's pixels, which may be of another size or normalisation than its own. {error} "
+                    "Pass its image processor as `teacher_processing_class`."
+                )
+            return None
 
     def _teacher_view(self, inputs: dict[str, Any], attentions: bool):
         self.teacher.eval()
@@ -282,6 +297,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             # accelerate takes a model that `evaluate` has prepared for one in DDP: the processes would train apart
             self.model._is_accelerate_prepared = False
         result = super().train(*args, **kwargs)
+        self._take_buffers_of_process_zero()
         if self.ema is not None:
             self.ema.copy_to_model()
         return result
@@ -290,8 +306,18 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """Evaluates the moving average where there is one."""
+        self._take_buffers_of_process_zero()
         with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _take_buffers_of_process_zero(self) -> None:
+        """Batch norms have the running statistics of their own process's last batch, and process 0's are saved."""
+        if self.args.world_size == 1:
+            return
+        for name, value in self.student.named_buffers():
+            if value.is_floating_point():
+                for its in (value,) if self.ema is None else (value, self.ema.average[name]):
+                    distributed.broadcast(its, src=0)
 
     def _averaged(self) -> AbstractContextManager:
         """The student has the averaged weights inside, where there is an average."""
@@ -338,13 +364,26 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     # -- the Hub -----------------------------------------------------------------------------------------------------
 
-    def create_model_card(self, model_name: str | None = None, **metadata) -> None:
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        *,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset=None,
+        dataset_args=None,
+        tasks=None,
+        **metadata,
+    ) -> None:
         """Writes ``README.md`` from what this trainer has measured; see `hf_detrkd.reporting.card`.
 
         Args:
             model_name: id on the Hub.
+            finetuned_from, dataset_tags: as with Trainer; the metadata's ``base_model`` and ``datasets``.
+            dataset, dataset_args, tasks: as with Trainer; not used, as the card says what was measured.
             metadata: ``license``, ``language``, ``base_model``, ``datasets``, ``tags``.
         """
+        metadata = {"base_model": finetuned_from, "datasets": dataset_tags, **metadata}
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self._results(), model_name or self.hub_model_id, **metadata)
 
@@ -367,3 +406,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             teacher = {"name_or_path": self.teacher.name_or_path, "parameters": self.teacher.num_parameters()}
         settings = {"DistillationConfig": self.args.to_dict()}
         return {"student": student, "teacher": teacher, "twin": None, "settings": settings, "versions": versions()}
+
+
+def _teacher_options(args: DistillationConfig) -> dict[str, Any]:
+    """For the teacher's `from_pretrained`."""
+    revision = {} if args.teacher_model_revision is None else {"revision": args.teacher_model_revision}
+    return {**(args.teacher_model_init_kwargs or {}), **revision}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import zoo
+from accelerate.utils import gather_object
 from scenes import Scenes, processor
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
@@ -33,17 +34,34 @@ class Counted(StreamingCocoMetrics):
         return metrics
 
 
-def main(folder: str, method: str, student: str, teacher: str, batch: str) -> None:
-    torch.set_num_threads(1)
+class Streamed(torch.utils.data.IterableDataset):
+    """Scenes without a length."""
+
+    def __init__(self, number: int):
+        self.scenes = Scenes(number)
+
+    def __iter__(self):
+        return map(self.scenes.__getitem__, range(len(self.scenes)))
+
+
+def streamed_labels(trainer: DistillationTrainer, number: int) -> list:
+    """Image id, classes and boxes of every image that the processes get of a stream."""
+    trainer.train_dataset = Streamed(number)
+    labels = [label for batch in trainer.get_train_dataloader() for label in batch["labels"]]
+    return gather_object([[label[name].tolist() for name in ("image_id", "class_labels", "boxes")] for label in labels])
+
+
+def build(folder: str, method: str, student: str, teacher: str, batch: int) -> DistillationTrainer:
+    """The trainer of every process."""
     student, teacher = zoo.build(student), zoo.build(teacher, seed=3)
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         model=student,
         teacher_model=None if method == "none" else teacher,
         args=DistillationConfig(
             output_dir=folder,
             method=method,
             method_config={"general_points": 4} if method == "kd_detr" else None,
-            per_device_train_batch_size=int(batch),
+            per_device_train_batch_size=batch,
             per_device_eval_batch_size=2,
             max_steps=3,
             use_cpu=True,
@@ -65,12 +83,19 @@ def main(folder: str, method: str, student: str, teacher: str, batch: str) -> No
         compute_metrics=Counted(list(Scenes().id2label.values())),
         teacher_processing_class=processor(teacher),
     )
+
+
+def main(folder: str, method: str, student: str, teacher: str, batch: str) -> None:
+    torch.set_num_threads(1)
+    trainer = build(folder, method, student, teacher, int(batch))
     evaluations = [trainer.evaluate()]
     trainer.train()
     evaluations += [trainer.evaluate(), trainer.evaluate(Scenes(5, seed=2))]
+    streamed = streamed_labels(trainer, 12)
     if trainer.is_world_process_zero():
         keys = ["eval_map", "eval_mar_100", "eval_images", "eval_scores", "eval_boxes"]
         result = {"evaluations": [{key: evaluation[key] for key in keys} for evaluation in evaluations]}
+        result["streamed"] = sorted(streamed)
         result["logs"] = [log for log in trainer.state.log_history if "loss" in log]
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "result.json").write_text(json.dumps(result))

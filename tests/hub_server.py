@@ -3,7 +3,7 @@
     with HubServer() as hub:
         HfApi(endpoint=hub.url, token=WRITE_TOKEN).create_repo("anna/student")
 
-Creating, preupload, LFS batch and upload, commit, repository info, tree, resolve, whoami. A token it doesn't know is
+Creating, branches, preupload, LFS batch and upload, commit, repository info, tree, resolve, whoami. A token it doesn't know is
 refused with 401, one that may only read with 403. ``hub.cut`` breaks the next uploads off in the middle.
 """
 
@@ -31,15 +31,18 @@ class Repository:
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
     large: set[str] = field(default_factory=set)
     """Paths that were uploaded by LFS."""
+    branches: dict[str, list[tuple[str, dict[str, bytes]]]] = field(default_factory=dict)
+    """Commits of the branches besides main."""
 
-    def commit(self, files: dict[str, bytes]) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
-        self.commits.append((oid, files))
+    def commit(self, files: dict[str, bytes], revision: str = "main") -> str:
+        commits = self.branches.get(revision, self.commits)
+        oid = hashlib.sha1(f"{revision}{len(commits)}{sorted(files)}".encode()).hexdigest()
+        commits.append((oid, files))
         return oid
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        if revision in ("main", "HEAD"):
-            return self.commits[-1]
+        if revision in ("main", "HEAD", *self.branches):
+            return self.branches.get(revision, self.commits)[-1]
         return next((commit for commit in self.commits if commit[0] == revision), None)
 
     @property
@@ -168,17 +171,22 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         kind, name, action = parts[0], "/".join(parts[1:3]), parts[3] if len(parts) > 3 else "info"
         repository = self._repository(kind, name)
-        if action == "preupload":
-            self._user(write=True)
-            return self._preupload(repository, json.loads(body))
-        if action == "commit":
-            self._user(write=True)
-            return self._commit(repository, name, body)
-        self._user()
         revision = parts[4] if len(parts) > 4 else "main"
+        self._user(write=action in ("branch", "preupload", "commit"))
+        if action == "branch":
+            if revision.startswith("refs/"):
+                raise _Refused(400, f"Invalid branch name: {revision}")
+            if repository.at(revision) is not None:
+                raise _Refused(409, f"Reference already exists: {revision}")
+            repository.branches[revision] = list(repository.commits)
+            return {}
         commit = repository.at(revision)
         if commit is None:
             raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        if action == "preupload":
+            return self._preupload(commit[1], json.loads(body))
+        if action == "commit":
+            return self._commit(repository, name, revision, body)
         if action == "tree":
             return self._tree(repository, commit[1], "/".join(parts[5:]), "recursive" in query)
         return self._info(repository, name, *commit)
@@ -196,10 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {"url": url, "name": name}
 
     @staticmethod
-    def _preupload(repository: Repository, wish: dict):
+    def _preupload(there: dict[str, bytes], wish: dict):
         files = []
         for file in wish["files"]:
-            path, old = file["path"], repository.files.get(file["path"])
+            path, old = file["path"], there.get(file["path"])
             large = file["size"] > 2**20 or path.endswith((".safetensors", ".png"))
             algorithm = (
                 hashlib.sha256(old or b"") if large else hashlib.sha1(b"blob %d\0" % len(old or b"") + (old or b""))
@@ -208,8 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
             files.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
         return {"files": files}
 
-    def _commit(self, repository: Repository, name: str, body: bytes):
-        files = dict(repository.files)
+    def _commit(self, repository: Repository, name: str, revision: str, body: bytes):
+        files = dict(repository.at(revision)[1])
         for line in body.splitlines():
             part = json.loads(line)
             value = part["value"]
@@ -222,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.large.add(value["path"])
             elif part["key"] == "deletedFile":
                 files.pop(value["path"])
-        oid = repository.commit(files)
+        oid = repository.commit(files, revision)
         return {"commitUrl": f"{self.server_of.url}/{name}/commit/{oid}", "commitOid": oid, "success": True}
 
     @staticmethod

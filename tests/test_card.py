@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from scenes import processor
 
+from hf_detrkd import DistillationConfig, DistillationTrainer
 from hf_detrkd.methods import METHODS
 from hf_detrkd.reporting.card import class_names, dataset_of, main, write_card
 
@@ -134,6 +135,25 @@ def test_a_run_without_a_teacher(tmp_path):
     loaded = ModelCard.load(write_card(tmp_path, changes, "anna/teacher"))
     assert "knowledge-distillation" not in loaded.data.tags and "without a teacher" in loaded.text
     assert "twin" not in loaded.text and "num_train_epochs" in loaded.text
+
+
+def test_a_teacher_without_a_name(tmp_path):
+    text = card(tmp_path, teacher=results()["teacher"] | {"name_or_path": ""}).text
+    assert "by `kd_detr` from a teacher (AP 28.0)" in text and "``" not in text.replace("```", "")
+
+
+def test_keywords_of_trainers_own_card(tmp_path):
+    """Trainer's examples pass them; those that are no metadata of a model have no place in it."""
+    arguments = DistillationConfig(str(tmp_path), method="none", use_cpu=True, ema_decay=0)
+    trainer = DistillationTrainer(zoo.build("rt_detr"), args=arguments, processing_class=processor())
+    words = {"finetuned_from": "org/small", "dataset_tags": "cppe-5", "tags": ["vision", "mine"], "language": "en"}
+    trainer.create_model_card(**words, dataset="CPPE-5", dataset_args="a", tasks="object-detection", model_name="a/b")
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert (data["base_model"], data["datasets"], data["language"]) == ("org/small", ["cppe-5"], "en")
+    assert "mine" in data["tags"]
+    assert not {"finetuned_from", "dataset_tags", "dataset", "dataset_args", "tasks"} & data.keys()
+    trainer.create_model_card(finetuned_from="org/small", base_model="org/other")
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "org/other"
 
 
 def test_nothing_is_claimed_where_nothing_was_measured(tmp_path):

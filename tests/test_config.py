@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_detrkd import DistillationConfig
 
@@ -57,7 +58,10 @@ def test_defaults_are_not_shared():
 def test_bf16_where_the_device_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the device
+    # Its own would look for the device
+    monkeypatch.setattr(
+        TrainingArguments, "__post_init__", lambda self: setattr(self, "accelerator_config", AcceleratorConfig())
+    )
     monkeypatch.setattr(DistillationConfig, "gradient_checkpointing_kwargs", None, raising=False)
     assert DistillationConfig(output_dir="unused").bf16 is True
     assert DistillationConfig(output_dir="unused", bf16=False).bf16 is False
@@ -122,6 +126,15 @@ def test_json_that_is_refused(name, given, message):
         config(**{name: given})
 
 
+def test_tokens_are_not_written_down(tmp_path):
+    """What `to_dict` gives goes to trackers, and the files of tensorboard to the Hub."""
+    args = config(hub_token="hf_secret", teacher_model_init_kwargs={"token": "hf_secret", "revision": "v1"})
+    assert "hf_secret" not in args.to_json_string()
+    assert args.to_dict()["teacher_model_init_kwargs"] == {"token": "<TOKEN>", "revision": "v1"}
+    assert args.teacher_model_init_kwargs["token"] == args.hub_token == "hf_secret"
+    assert config(teacher_model_init_kwargs={"token": True}).to_dict()["teacher_model_init_kwargs"] == {"token": True}
+
+
 def schedule(args: DistillationConfig, steps, of: int) -> list[float]:
     return [args.kd_scale(step, of) for step in steps]
 
@@ -178,6 +191,18 @@ def test_kd_scale_stops():
         ({"torch_compile": True}, "compiles the whole training step.*Use `compile_models=True`"),
         ({"torch_compile_backend": "inductor"}, "compiles the whole training step"),
         (
+            {"bf16_full_eval": True},
+            "`bf16_full_eval=True` would cast the student.*`bf16=True` evaluates in bf16 already",
+        ),
+        (
+            {"fp16_full_eval": True},
+            "`fp16_full_eval=True` would cast the student.*`fp16=True` evaluates in fp16 already",
+        ),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "cuts every tensor of a batch.*the tensors inside the labels.*Leave it out",
+        ),
+        (
             {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "silently lose their gradient. Use `use_reentrant=F",
         ),
@@ -188,6 +213,11 @@ def test_kd_scale_stops():
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"even_batches": False}, AcceleratorConfig()])
+def test_every_process_makes_its_own_batches(given):
+    assert config(accelerator_config=given).accelerator_config.dispatch_batches is False
 
 
 def test_reentrant_checkpointing_under_its_new_name():

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import distributed_worker
 import pytest
 import torch
 import zoo
@@ -36,9 +37,21 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, method, student, teac
         assert first["eval_scores"] > 0
         for key in ("eval_map", "eval_mar_100", "eval_scores", "eval_boxes"):
             assert first[key] == pytest.approx(second[key], rel=1e-4, abs=1e-4)
+    assert one["streamed"] == two["streamed"]  # every image once, with its own labels
+    assert [image_id for (image_id,), *_ in one["streamed"]] == list(range(12))
     assert one_weights.keys() == two_weights.keys()
     start = zoo.build(student).state_dict()
     moved = max((one_weights[name] - value).abs().max() for name, value in start.items())
     assert moved > 1e-3  # a hundred times what may differ
     for name, value in one_weights.items():
         torch.testing.assert_close(value, two_weights[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_processes_evaluate_the_student_that_is_saved(tmp_path):
+    """Each has the running statistics of its own last batches in its batch norms, and process 0's are saved."""
+    two, weights = run(tmp_path, 2, "none", "rt_detr", "rt_detr", batch=2)
+    alone = distributed_worker.build(str(tmp_path / "alone"), "none", "rt_detr", "rt_detr", batch=2)
+    alone.student.load_state_dict(weights)
+    alone.ema.copy_from_model()
+    for key in ("eval_scores", "eval_boxes"):
+        assert two["evaluations"][1][key] == pytest.approx(alone.evaluate()[key], rel=1e-6)

@@ -26,7 +26,7 @@ from hf_detrkd import DistillationConfig, DistillationTrainer
 from hf_detrkd.commands import distill, push_metric, training
 from hf_detrkd.commands.arguments import ModelArguments
 from hf_detrkd.commands.records import origin, settings
-from hf_detrkd.publishing import PushError, push_folder, upload_command
+from hf_detrkd.publishing import PushError, open_repository, push_folder, upload_command
 from hf_detrkd.reporting.card import write_card
 from hf_detrkd.reporting.writing import ReportError, saving_weights
 
@@ -142,6 +142,21 @@ def test_a_detector_that_is_there_gets_a_commit(hub, run):
     assert len(there.commits) == 2 and "old.txt" in there.files
 
 
+def test_a_branch_is_made_where_it_is_missing(hub, run):
+    there = hub.add("anna/student", files={"README.md": b"---\npipeline_tag: object-detection\n---\n"})
+    for _ in range(2):
+        push_folder(run, "anna/student", token=WRITE_TOKEN, revision="v2")
+    assert "model.safetensors" in there.at("v2")[1] and len(there.commits) == 1  # nothing on main
+
+
+def test_a_branch_that_cannot_be_made_stops_before_the_training(hub):
+    hub.add("anna/student")
+    assert open_repository("student", token=WRITE_TOKEN, revision="main") == "anna/student"
+    with pytest.raises(PushError, match=r"answered 400 \(Invalid branch name: refs/pr/9"):
+        open_repository("anna/student", token=WRITE_TOKEN, revision="refs/pr/9")
+    assert not hub.repositories["models", "anna/student"].branches
+
+
 def test_an_upload_that_breaks_off_is_taken_up_again(hub, run, impatient):
     hub.cut = 1
     push_folder(run, "anna/student", token=WRITE_TOKEN)
@@ -232,9 +247,16 @@ def check_student(folder: Path) -> None:
     assert AutoModelForObjectDetection.from_pretrained(folder).config.id2label == dict(enumerate(NAMES))
 
 
-def test_distill_pushes(hub, distilling, tmp_path, capsys):
-    results = distilling()
-    pushed = hub.repositories["models", "anna/run"].files
+def test_distill_pushes(hub, distilling, tmp_path, capsys, monkeypatch):
+    train = distill.train
+
+    def train_with_a_branch(*args):
+        assert list(hub.repositories["models", "anna/run"].branches) == ["v2"]  # tried before the training
+        return train(*args)
+
+    monkeypatch.setattr(distill, "train", train_with_a_branch)
+    results = distilling("--hub_revision", "v2")
+    pushed = hub.repositories["models", "anna/run"].at("v2")[1]
     assert json.loads(pushed["results.json"])["student"]["test"]["map"] == results["student"]["test"]["map"]
     card = ModelCard(pushed["README.md"].decode())
     data = card.data

@@ -13,7 +13,13 @@ import pytest
 import torch
 import zoo
 from scenes import Scenes, processor
-from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    DetrImageProcessor,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_detrkd import DistillationConfig, DistillationModel, DistillationTrainer
 from hf_detrkd.checkpoints import STATE_NAME
@@ -229,6 +235,19 @@ def test_bf16_autocast_trains(tmp_path, pair):
     assert all(math.isfinite(log["loss"]) for log in run.state.log_history if "loss" in log)
 
 
+def test_bf16_evaluates_in_bf16(tmp_path):
+    """As the refusal of `bf16_full_eval` says; the weights stay as they are."""
+    run = trainer(tmp_path, method="none", bf16=True, max_steps=1)
+    seen = []
+    layer = next(m for m in run.student.model.encoder.modules() if isinstance(m, torch.nn.Linear))
+    layer.register_forward_hook(lambda m, a, output: seen.append((m.training, output.dtype)))
+    run.evaluate()
+    run.train()
+    run.evaluate()
+    assert set(seen) == {(training, torch.bfloat16) for training in (True, False)}
+    assert run.student.dtype == torch.float32
+
+
 def test_gradient_checkpointing_gives_the_same_run(tmp_path):
     states = []
     for checkpointing in (False, True):
@@ -269,6 +288,61 @@ def test_teacher_with_other_pixels(tmp_path):
     teacher.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["pixel_values"].shape)), with_kwargs=True)
     run.train()
     assert set(seen) == {(2, 3, 96, 96)} or set(seen) == {(2, 3, 96, 96), (1, 3, 96, 96)}
+
+
+@pytest.fixture
+def detr_teacher(tmp_path) -> Path:
+    """A teacher that wants normalised pixels, with its image processor."""
+    zoo.build("detr", seed=3).save_pretrained(tmp_path / "detr")
+    DetrImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path / "detr")
+    return tmp_path / "detr"
+
+
+def sharing(folder, teacher, **more) -> DistillationTrainer:
+    """A trainer that isn't told the teacher's image processor."""
+    settings = {"method": "logit_kd", **more.pop("settings", {})}
+    return DistillationTrainer(
+        zoo.build("rt_detr"), teacher, config(folder, **settings), processing_class=processor(), **more
+    )
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_teacher_gets_the_pixels_of_the_image_processor_beside_it(tmp_path, detr_teacher, loaded):
+    teacher = AutoModelForObjectDetection.from_pretrained(detr_teacher) if loaded else str(detr_teacher)
+    batch = sharing(tmp_path, teacher).data_collator([Scenes()[1]])
+    expected = AutoImageProcessor.from_pretrained(detr_teacher)(images=[Scenes()[1]["image"]], return_tensors="pt")
+    assert torch.equal(batch["teacher_pixel_values"], expected["pixel_values"])
+
+
+def test_teachers_image_processor_is_loaded_like_the_teacher(tmp_path, detr_teacher, monkeypatch):
+    calls = []
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda *a, **k: calls.append((a, k)) or processor())
+    options = {"token": "hf_secret", "cache_dir": str(tmp_path), "attn_implementation": "eager"}
+    settings = {"teacher_model_name_or_path": str(detr_teacher), "teacher_model_revision": "v1"}
+    sharing(tmp_path, None, settings=settings | {"teacher_model_init_kwargs": options})
+    own = {"token": "hf_secret", "cache_dir": str(tmp_path), "revision": "v1"}
+    assert calls == [((str(detr_teacher),), own)]
+
+
+def test_teacher_shares_the_students_pixels_where_it_has_no_image_processor(tmp_path, detr_teacher, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_detrkd.trainer.logger.warning", said.append)
+
+    def warnings(teacher, **more) -> list[str]:
+        said.clear()
+        run = sharing(tmp_path, teacher, **more)
+        assert "teacher_pixel_values" not in run.data_collator([Scenes()[1]])
+        return [message for message in said if "student's pixels" in message]
+
+    (detr_teacher / "preprocessor_config.json").unlink()
+    (message,) = warnings(str(detr_teacher))
+    assert f"No image processor was loaded from {detr_teacher}" in message and "`teacher_processing_class`" in message
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", None)  # without a name nothing is looked for
+    (message,) = warnings(zoo.build("detr", seed=3))
+    assert "DetrForObjectDetection has no `name_or_path`" in message
+    assert not warnings(zoo.build("rt_detr", seed=3))
+    assert not warnings(str(detr_teacher), teacher_processing_class=processor())
+    assert not warnings(str(detr_teacher), data_collator=DetectionCollator(processor()))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -390,6 +464,19 @@ def test_persistent_workers_dont_mix_data_sets_up(tmp_path):
     assert run.evaluate()["eval_loss"] == own["eval_loss"]
     assert len(run.get_eval_dataloader(Scenes(5, seed=2)).dataset) == 5
     assert run.get_eval_dataloader(run.eval_dataset) is run.get_eval_dataloader(run.eval_dataset)  # no new workers
+
+
+def test_classes_of_one_name_are_measured_apart(tmp_path):
+    """COCO's 91 names have "N/A" eleven times; a metric needs names of its own."""
+    student = zoo.build("rt_detr")
+    student.config.id2label = dict(enumerate(["N/A", "cat", "N/A", "dog", "N/A"]))
+    data = Scenes(3)
+    del data.id2label
+    arguments = config(tmp_path, method="none")
+    run = DistillationTrainer(student, args=arguments, eval_dataset=data, processing_class=processor())
+    names = [name.removeprefix("eval_mar_100_") for name in run.evaluate() if name.startswith("eval_mar_100_")]
+    assert set(names) <= {"N/A (0)", "cat", "N/A (2)", "dog", "N/A (4)", "small", "medium", "large"}
+    assert "cat" in names and any("N/A" in name for name in names)
 
 
 def test_evaluation_measures_the_average(tmp_path):

@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..config import DistillationConfig
-from ..detectors import digest, load_detector
+from ..detectors import PLACE, digest, load_detector
 from ..evaluation.cost import environment
 from ..evaluation.detector import evaluate_detector
 from ..families import adapter_for
@@ -121,7 +121,7 @@ def prepare(
         teacher = load_detector(teacher_path, **options)
         processor_place = extra.teacher_image_processor_name or teacher_path
         if processor_place == teacher_path:
-            hub |= {name: options[name] for name in ("revision", "subfolder", "trust_remote_code") if name in options}
+            hub |= {name: options[name] for name in PLACE if name in options}
         teacher_processor = AutoImageProcessor.from_pretrained(processor_place, **hub)
     elif args.method != ["none"]:
         raise ValueError("--teacher_model_name_or_path is missing; without a teacher use --method none.")
@@ -193,8 +193,10 @@ def distill(
     args.resume_from_checkpoint = found_by_all(checkpoint_to_resume(args.resume_from_checkpoint, output))
     name_run(args)
     if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
-        # A wrong token or name shows before hours of training
-        args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
+        # A wrong token, name or branch shows before hours of training
+        args.hub_model_id = open_repository(
+            repository_of(args), token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision
+        )
     run = prepare(model_arguments, data_arguments, extra, args, say)
     data, teacher, processor = run.data, run.teacher, run.processor
     if teacher is not None:

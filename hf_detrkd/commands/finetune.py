@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     same_settings(args.resume_from_checkpoint, settings(model_arguments, data_arguments, args))
     name_run(args)
     if args.push_to_hub and args.process_index == 0:
-        args.hub_model_id = open_repository(repository_of(args), token=args.hub_token, private=args.hub_private_repo)
+        args.hub_model_id = open_repository(
+            repository_of(args), token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision
+        )
     with args.main_process_first(desc="data set"):
         data = load_data(data_arguments, args.seed, say, model_arguments.cache_dir, model_arguments.token)
     set_seed(args.seed)

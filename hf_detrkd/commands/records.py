@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..config import DistillationConfig
+from ..config import DistillationConfig, without_tokens
 from ..evaluation.cost import cost_rows
 from ..reporting.run import STATE, TWIN, UNFINISHED, checkpoints, results_file
 from ..reporting.versions import versions
@@ -102,18 +102,7 @@ def settings(*groups) -> dict[str, Any]:
         type(group).__name__: group.to_dict() if isinstance(group, DistillationConfig) else vars(group)
         for group in groups
     }
-    return {name: _without_tokens(values) for name, values in flags.items()}
-
-
-def _without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_tokens(value)
-        if isinstance(value, Mapping)
-        else "<TOKEN>"
-        if name == "token" and isinstance(value, str)
-        else value
-        for name, value in values.items()
-    }
+    return {name: without_tokens(values) for name, values in flags.items()}
 
 
 def origin(name_or_path: str, revision: str | None, cache_dir: str | None) -> dict[str, str | None]:

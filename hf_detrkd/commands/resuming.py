@@ -74,7 +74,8 @@ def same_settings(checkpoint: str | None, now: Mapping[str, Mapping[str, Any]]) 
     if different:
         raise ValueError(
             f"{Path(checkpoint).parent} was begun with other settings: {'; '.join(map(different.get, sorted(different)))}. "
-            "Pass those of the first run, or choose another --output_dir for a new one."
+            f"Pass those of the first run, or choose another --output_dir for a new one; to go on with the new ones all the same, "
+            f"remove {file}."
         )
 
 

@@ -65,6 +65,7 @@ def model_card(
     license = metadata.pop("license", None) or setting(results, "DistillArguments", "license")
     more_tags = metadata.pop("tags", None) or ()
     tags = [*TAGS, *(["knowledge-distillation"] if methods else []), *methods, *_list(row.get("model_type"))]
+    datasets = _list(metadata.pop("datasets", None) or dataset_id)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="object-detection",
@@ -73,7 +74,7 @@ def model_card(
         metrics=["map"],
         **{
             "base_model": _hub_id(results.get("start")),
-            "datasets": _list(dataset_id) or None,
+            "datasets": datasets or None,
             **{key: value for key, value in metadata.items() if value},
         },
         model_name=name,
@@ -191,10 +192,13 @@ def _summary(results: Mapping[str, Any], row: Mapping[str, Any], methods: Sequen
         return f"{what}, trained with `hf_detrkd` without a teacher."
     metrics = measured(results, teacher)[1]
     ap = f" (AP {points(metrics['map'])})" if metrics else " (its AP was not measured)"
+    its = "a teacher"  # passed to the trainer as a model in memory, without a name
+    if teacher["name_or_path"]:
+        its = f"the teacher {_code_or_link(teacher['name_or_path'], _hub_id(teacher))}"
     revision = f" at revision `{teacher['revision']}`" if teacher.get("revision") else ""
     return (
-        f"{what}, distilled with `hf_detrkd` by {' and '.join(f'`{method}`' for method in methods)} from the teacher "
-        f"{_code_or_link(teacher['name_or_path'], _hub_id(teacher))}{revision}{ap}."
+        f"{what}, distilled with `hf_detrkd` by {' and '.join(f'`{method}`' for method in methods)} from "
+        f"{its}{revision}{ap}."
     )
 
 
