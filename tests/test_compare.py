@@ -20,6 +20,7 @@ import yaml
 import zoo
 from grid_lab import GRID, Lab
 from PIL import Image
+from transformers import TrainerState
 
 from hf_detrkd import DistillationConfig
 from hf_detrkd.commands import compare, distill
@@ -57,6 +58,20 @@ def test_time_of_a_step():
     assert clock(evaluated).typical() == pytest.approx(1.6)
     assert clock([2.0]).typical() == 2 and clock([]).typical() is None and StepClock().typical() is None
     assert clock([2.0, 2.0, 9.0, 2.0, 2.0, 2.0, 2.0]).typical() == 2
+
+
+def test_time_of_a_step_where_a_run_with_kd_stop_was_resumed(tmp_path):
+    """The steps before the resume, more of them with the teacher, aren't among those it has timed."""
+    for step, settings, known in (
+        (40, {"kd_stop": 0.3}, False),
+        (0, {"kd_stop": 0.3}, True),
+        (40, {}, True),
+        (40, {"kd_stop": 0.3, "method": "none"}, True),
+    ):
+        resumed = clock([1.0] * 60)
+        args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+        resumed.on_train_begin(args, TrainerState(global_step=step), None)
+        assert (resumed.typical() is not None) == known
 
 
 class TestGrid:

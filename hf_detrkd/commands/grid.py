@@ -115,8 +115,8 @@ class Grid:
         """The steps a longer twin has: as many as take the time of the distilled run of the same seed.
 
         Raises:
-            ValueError: where one of the two doesn't know, as it was resumed after its last step, and where the distilled
-                run was the faster one.
+            ValueError: where one of the two doesn't know, as it was resumed (after its last step, or with `kd_stop`), and where
+                the distilled run was the faster one.
         """
         pair = [self.cell(cell.data, cell.pair, method, cell.seed) for method in (TWIN, cell.time_of)]
         twin, other = (run.read()["student"] for run in pair)
