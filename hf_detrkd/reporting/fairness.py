@@ -49,12 +49,18 @@ def check_fair(result: Mapping[str, Any], twin: Mapping[str, Any], name: str, *,
     Raises:
         ValueError: naming the fields that differ, with their values.
     """
-    ours, theirs = _flat(_compared(result)), _flat(_compared(twin))
+    steps, least = (run["student"]["steps"] for run in (result, twin))
+    if longer and steps < least:
+        raise ValueError(
+            f"{name} was trained for {steps} steps and its twin for {least}: it is to be a longer one. Delete its folder and run "
+            "it again."
+        )
+    ours, theirs = (flat(_compared(run)) for run in (result, twin))
     may_differ = TRAINING_LENGTH if longer else frozenset()
     different = [
         f"{field} ({ours.get(field)!r}, the twin {theirs.get(field)!r})"
-        for field in sorted((ours.keys() | theirs.keys()) - may_differ)
-        if ours.get(field) != theirs.get(field)
+        for field in differing(ours, theirs)
+        if field not in may_differ
     ]
     if different:
         raise ValueError(
@@ -74,8 +80,14 @@ def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "student": student, "data": result["data"], "teacher": teacher, "versions": versions}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, or of which one has none."""
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Mappings in mappings as one, with names such as "settings.DistillationConfig.seed"."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
