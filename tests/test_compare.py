@@ -389,6 +389,15 @@ class TestSummary:
         page = (output / "grid.md").read_text()
         words = " ".join(page.split())
         assert "over longer twin" in words and "| +11.0 (-1.7 to +23.7) |" in words and "| +2.0 (1 seed) |" in words
+        # Each method below the twin of its own seeds
+        lines = (
+            "| teacher | 50.0 | 60.0 |",
+            "| twin, seeds 3, 5 | 14.0 |",
+            "| twin, seed 3 | 13.0 |",
+            "| logit_kd, seed 3 | 23.0 |",
+        )
+        places = [words.partition("## shapes")[0].find(line) for line in lines]
+        assert places == sorted(places) and places[0] > 0
         assert "| bccd/small/heavy |" in words and "bccd/small/logit_kd/seed5: failed" in page
         for name in ("grid_gains.png", "grid_progress.png"):
             with Image.open(output / name) as picture:
