@@ -28,7 +28,8 @@ from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.compare import Runner, write_summary
 from hf_detrkd.commands.grid import read_grid
 from hf_detrkd.commands.records import StepClock
-from hf_detrkd.methods import METHODS, configure
+from hf_detrkd.families import FAMILIES
+from hf_detrkd.methods import METHODS, choose, configure
 from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
 from hf_detrkd.reporting.gains import compared_runs, line_styles
@@ -577,6 +578,29 @@ class TestSummary:
             assert "nothing to summarise" in said[-1]
         else:
             assert reason in (output / "grid.md").read_text()
+
+    def test_a_record_in_another_spelling(self, lab, tmp_path):
+        """The grid's settings are compared as the command reads them: YAML takes 1e-3 for text; `auto` is what it chose."""
+        chosen = choose(FAMILIES["rt_detr"])
+        config = {"method": list(chosen.method), "method_config": chosen.method_config, "kd_decay": chosen.kd_decay}
+        methods = {"auto": {}, "two": {"method": "logit_kd,proposals"}}
+        lab.wish(bccd__small__auto__seed3={"config": config})
+        sections = {
+            "methods": methods,
+            "seeds": [3],
+            "data": {"bccd": {}},
+            "common": {**GRID["common"], "learning_rate": "1e-3"},
+        }
+        grid, output = lab.grid(**sections), tmp_path / "docs"
+        write_summary(grid, output, lab.run(grid), say=lambda *_: None)
+        recorded = (output / "grid.json").read_text()
+        shutil.rmtree(lab.folder / "runs")
+        write_summary(grid, output, {}, say=lambda *_: None)
+        assert (output / "grid.json").read_text() == recorded and len(json.loads(recorded)["rows"]) == 2
+        other = lab.grid(**{**sections, "methods": {"auto": {"kd_decay": "cosine"}}})
+        said = []
+        write_summary(other, output, {}, say=said.append)
+        assert any("kd_decay was 'linear' and is 'cosine'" in line for line in said)
 
     def test_what_is_missing_has_a_line_per_method(self):
         missing = dict.fromkeys(("d/p/teacher", "d/p/a/seed0", "d/p/a/seed2", "d/p/b/seed0"), "to do") | {

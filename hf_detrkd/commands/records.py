@@ -49,8 +49,8 @@ class StepClock(TrainerCallback):
         """Seconds of a step: the mean, over twenty parts of the run, of the part's median step.
 
         By the medians evaluations and checkpoints, and what else the machine did now and then, don't count; by the parts the
-        steps after `kd_stop`, which are shorter, count for as many as they are. None where there were fewer than two steps, and with `kd_stop` in a run that was
-        resumed.
+        steps after `kd_stop`, which are shorter, count for as many as they are. None where there were fewer than two steps,
+        and with `kd_stop` in a run that was resumed.
         """
         if self.lacks_a_part:
             return None
