@@ -44,7 +44,7 @@ def check_fair(result: Mapping[str, Any], twin: Mapping[str, Any], name: str, *,
 
     Args:
         name: of the run, for the message.
-        longer: the run is a twin that was trained for longer; its steps differ.
+        longer: the run is a twin that was trained for longer; its steps differ, and are no fewer.
 
     Raises:
         ValueError: naming the fields that differ, with their values.
@@ -66,6 +66,25 @@ def check_fair(result: Mapping[str, Any], twin: Mapping[str, Any], name: str, *,
         raise ValueError(
             f"{name} and its twin differ in more than the method: {', '.join(different)}. Their comparison would say "
             "nothing about the method: delete the folder of the one that is not as the grid says, and run it again."
+        )
+
+
+def check_teacher(result: Mapping[str, Any], measured: Mapping[str, Any], name: str) -> None:
+    """Compares the teacher that a run had with the one whose metrics stand beside it, where both recorded a digest.
+
+    Args:
+        measured: the ``results.json`` of the teacher's measurement.
+        name: of the run, for the message.
+
+    Raises:
+        ValueError: they are two.
+    """
+    had, has = ((one["teacher"] or {}).get("digest") for one in (result, measured))
+    if had and has and had != has:
+        raise ValueError(
+            f"{name} had another teacher (its weights' digest is {had}) than the one that was measured ({has}): the one in "
+            "its folder has changed. Delete the folder of the run or of the measurement, whichever had the wrong one, and "
+            "run it again."
         )
 
 
