@@ -302,6 +302,13 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             self.ema.copy_to_model()
         return result
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As Trainer's, which takes a step before it looks at the limit: none where a resumed run is at its end already."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args, **kwargs):

@@ -42,19 +42,22 @@ method = recipe["method"]
 ap = wish.get("map", {"none": 0.1}.get(method, 0.2)) + 0.01 * recipe.get("seed", 0)
 metrics = {"loss": 3.0, "map": ap, "map_50": 2 * ap, "map_small": ap, "map_cell": ap}
 settings = {"Arguments": {name: value for name, value in recipe.items() if name.endswith(("name", "path", "split"))}}
-settings |= {"DistillationConfig": {
-    "method": [method], "method_config": None, "kd_weight": recipe.get("kd_weight", 1),
+config = {
+    "method": method.split(","), "method_config": None, "kd_weight": recipe.get("kd_weight", 1),
     "kd_warmup_steps": 0, "kd_stop": 0, "kd_decay": "none",
-    "learning_rate": recipe["learning_rate"], "seed": recipe.get("seed"), "max_steps": recipe["max_steps"],
-    "output_dir": str(folder)}}
+    "learning_rate": float(recipe["learning_rate"]), "seed": recipe.get("seed"), "max_steps": recipe["max_steps"],
+    "output_dir": str(folder), **wish.get("config", {})}
+settings |= {"DistillationConfig": config}
 student = {
-    "method": method, "model_type": "rt_detr", "initial_digest": str(recipe.get("seed")), "parameters": 1000,
+    "method": "+".join(config["method"]), "model_type": "rt_detr", "initial_digest": str(recipe.get("seed")), "parameters": 1000,
     "steps": recipe["max_steps"], "train_seconds": 9.0,
     "step_seconds": wish.get("slow", 1) * (0.1 if method == "none" else 0.25),
     "peak_memory_MiB": 10.0, "gradient_shares": {} if method == "none" else {"kd": 0.5, "l1": 0.25},
     "curve": [[5, ap / 2], [10, ap]], "resumed_from": None, "validation": metrics, "test": metrics}
 teacher_metrics = {"map": wish.get("map", 0.5), "map_50": 0.6}
-teacher = {"name_or_path": "t", "digest": "d", "parameters": 4000, "validation": teacher_metrics, "test": teacher_metrics}
+teacher = {
+    "name_or_path": "t", "digest": wish.get("digest", "d"), "parameters": 4000, "validation": teacher_metrics,
+    "test": wish.get("test", teacher_metrics)}
 results = {
     "teacher": teacher, "twin": None, "settings": settings, "versions": {"torch": "2", "machine": "m"},
     "data": {"images": {"train": 5, "validation": 2, "test": 3}, "test_split": "test"}}
@@ -88,7 +91,8 @@ class Lab:
         return read_grid(self.write(name, **sections), self.folder / "runs")
 
     def wish(self, **wishes) -> None:
-        """Of cells, with __ for /: ``map``, ``seconds`` to take, ``fails``."""
+        """Of cells, with __ for /: ``map``, ``seconds`` to take, ``fails``, ``slow`` (times as long a step), ``config`` (settings that
+        it records), the teacher's ``digest`` and metrics on ``test``."""
         wishes = {name.replace("__", "/"): wish for name, wish in wishes.items()}
         (self.folder / "wishes.json").write_text(json.dumps(wishes))
 

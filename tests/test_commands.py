@@ -370,7 +370,11 @@ def test_summary_of_seeds(tmp_path):
             "student": row(student, 30.0),
             "twin": row(twin, 20.0),
             "teacher": {"parameters": 40, "test": {"map": 0.5}},
-            "settings": {"DistillationConfig": {"seed": seed}, "DataArguments": {"dataset_name": "set"}},
+            "data": {"test_split": "validation"},
+            "settings": {
+                "DistillationConfig": {"seed": seed, "output_dir": str(seed)},
+                "DataArguments": {"dataset_name": "set"},
+            },
             "versions": {},
         }
         path = tmp_path / f"{seed}.json"
@@ -384,3 +388,29 @@ def test_summary_of_seeds(tmp_path):
     text = (tmp_path / "summary.md").read_text()
     assert "21.0 ± 1.4" in text and "+4.5 (+4.0 to +5.0)" in text and "seeds 0, 1" in text
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
+    assert "5 steps, set, validation split" in " ".join(text.split())
+
+
+def test_a_summary_is_of_one_recipe(tmp_path):
+    row = {"method": "kd_detr", "parameters": 10, "steps": 5, "resumed_from": None, "test": {"map": 0.5}}
+    config = {"seed": 0, "learning_rate": 0.1}
+    good = {"student": row, "twin": row, "teacher": {"parameters": 40, "test": {"map": 0.5}}, "versions": {}}
+    good["settings"] = {"DistillationConfig": config, "DataArguments": {"dataset_name": "set"}}
+
+    def refused(**changes) -> str:
+        paths = [tmp_path / name for name in ("first.json", "second.json")]
+        for path, run in zip(paths, (good, good | changes), strict=True):
+            path.write_text(json.dumps(run))
+        with pytest.raises(ValueError) as error:
+            summarize.main([str(path) for path in paths])
+        return str(error.value)
+
+    assert "have the seeds [0, 0]: a run that counts twice" in refused()
+    seed = {"settings": {**good["settings"], "DistillationConfig": config | {"seed": 1}}}
+    assert "student.method ('kd_detr', 'drkd')" in refused(student=row | {"method": "drkd"}, **seed)
+    other = {**good["settings"], "DistillationConfig": {"seed": 1, "learning_rate": 0.2}}
+    assert "settings.DistillationConfig.learning_rate (0.1, 0.2)" in refused(settings=other)
+    tuned = tmp_path / "finetune.json"
+    tuned.write_text(json.dumps({"model": row}))
+    with pytest.raises(ValueError, match=r"no student, no twin or no teacher: run distill.py with --with_twin true"):
+        summarize.main([str(tuned)])

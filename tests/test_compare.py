@@ -20,6 +20,7 @@ import yaml
 import zoo
 from grid_lab import GRID, Lab
 from PIL import Image
+from transformers import TrainerState
 
 from hf_detrkd import DistillationConfig
 from hf_detrkd.commands import compare, distill
@@ -27,7 +28,8 @@ from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.compare import Runner, write_summary
 from hf_detrkd.commands.grid import read_grid
 from hf_detrkd.commands.records import StepClock
-from hf_detrkd.methods import METHODS, configure
+from hf_detrkd.families import FAMILIES
+from hf_detrkd.methods import METHODS, choose, configure
 from hf_detrkd.reporting.embed import embed, embed_files, read_runs
 from hf_detrkd.reporting.fairness import METHOD_FIELDS, check_fair
 from hf_detrkd.reporting.gains import compared_runs, line_styles
@@ -57,6 +59,20 @@ def test_time_of_a_step():
     assert clock(evaluated).typical() == pytest.approx(1.6)
     assert clock([2.0]).typical() == 2 and clock([]).typical() is None and StepClock().typical() is None
     assert clock([2.0, 2.0, 9.0, 2.0, 2.0, 2.0, 2.0]).typical() == 2
+
+
+def test_time_of_a_step_where_a_run_with_kd_stop_was_resumed(tmp_path):
+    """The steps before the resume, more of them with the teacher, aren't among those it has timed."""
+    for step, settings, known in (
+        (40, {"kd_stop": 0.3}, False),
+        (0, {"kd_stop": 0.3}, True),
+        (40, {}, True),
+        (40, {"kd_stop": 0.3, "method": "none"}, True),
+    ):
+        resumed = clock([1.0] * 60)
+        args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+        resumed.on_train_begin(args, TrainerState(global_step=step), None)
+        assert (resumed.typical() is not None) == known
 
 
 class TestGrid:
@@ -126,11 +142,53 @@ class TestGrid:
             ),
             ({"common": {"seed": 1}}, r"sets \['seed'\], which the harness sets itself"),
             ({"pairs": {"p": {"config_name": "x"}}}, "needs a `teacher`"),
+            ({"pairs": {"p": None}}, "needs a `teacher`"),
+            ({"pairs": {"p": {"teacher": None}}}, "needs a `teacher`"),
+            ({"common": {"lerning_rate": 1}}, r"sets \['lerning_rate'\], which are no flags of distill.py"),
+            ({"common": ["max_steps"]}, r"`common` is \['max_steps'\]; it must be a mapping"),
+            ({"data": "shapes"}, "`data` is 'shapes'; it must be a mapping"),
+            ({"methods": ["a"]}, r"`methods` is \['a'\]; it must be a mapping"),
+            ({"methods": {"a/b": {}}}, "`methods` is 'a/b'; it must be a mapping from names without /"),
+            ({"methods": {"a": "kd_detr"}}, "`methods: a` is 'kd_detr'; it must be a mapping of flags"),
+            ({"data": {True: {}}}, "`data` is True; it must be a mapping from names; put this one in quotation marks"),
+            ({"seeds": 3}, "`seeds` is 3; it must be a list of whole numbers"),
+            ({"seeds": ["a"]}, r"`seeds` is \['a'\]; it must be a list of whole numbers"),
+            ({"seeds": [1, 1]}, "each once"),
+            ({"skip": "bccd/*"}, r"`skip` is 'bccd/\*'; it must be a list of patterns"),
+            ({"overrides": ["a"]}, r"`overrides` is \['a'\]; it must be a mapping"),
+            (
+                {"skip": ["bccd/small/logit_dk"]},
+                r"\['bccd/small/logit_dk'\] in `skip` or `overrides` fit no cell; cells are bccd/s",
+            ),
+            (
+                {"overrides": {"bccd/smal/heavy": {"kd_weight": 4}}},
+                r"\['bccd/smal/heavy'\] in `skip` or `overrides` fit no cell",
+            ),
+            (
+                {"methods": {"a": {}, "b": {"time_of": "a", "kd_weight": 3}}},
+                r"'b' is a twin, without a teacher, and sets \['kd_w",
+            ),
+            (
+                {"methods": {"a": {}, "none": {"kd_weight": 3}}},
+                r"'none' is a twin, without a teacher, and sets \['kd_weight'\]",
+            ),
+            ({"methods": {"a": {}, "b": {"time_of": "none"}}}, r"`time_of` of 'b' is 'none'; methods are \['a'\]"),
+            ({"methods": {"again": {"method": "none"}}}, "Method 'again' is 'none', the twin, which is always there"),
+            (
+                {"skip": ["*/none"]},
+                "`skip` leaves out none of bccd/small and not logit_kd, which needs it: skip both or none",
+            ),
+            ({"skip": ["*/heavy"]}, "`skip` leaves out heavy of bccd/small and not longer_twin, which needs it"),
         ],
     )
     def test_refuses(self, lab, sections, message):
         with pytest.raises(ValueError, match=message):
             lab.grid(**sections)
+
+    def test_an_empty_file_is_no_grid(self, tmp_path):
+        (tmp_path / "grid.yaml").write_text("")
+        with pytest.raises(ValueError, match=r"grid.yaml is None; a grid is a mapping with common, data"):
+            read_grid(tmp_path / "grid.yaml")
 
     def test_a_selection_brings_what_it_needs(self, lab):
         names = [cell.name for cell in lab.grid().selected("bccd/*/longer_twin/seed5")]
@@ -230,6 +288,65 @@ class TestRunner:
         harmless = lab.grid(common={**GRID["common"], "logging_steps": 3})
         assert harmless.cell("bccd", "small", "heavy", 3).state() == "done"
 
+    def test_a_cell_that_failed_at_once_has_not_begun(self, lab):
+        """A wrong value that was mended: no step was made with it."""
+        lab.wish(bccd__small__heavy__seed3={"fails": True})
+        lab.run(lab.grid(), "bccd/*/heavy/seed3")
+        lab.wish()
+        grid = lab.grid(methods={**GRID["methods"], "heavy": {"method": "kd_detr", "kd_weight": 5}})
+        assert lab.run(grid, "bccd/*/heavy/seed3")["bccd/small/heavy/seed3"] == "done"
+
+    @pytest.mark.parametrize(
+        ("sections", "change"),
+        [
+            ({"methods": {**GRID["methods"], "longer_twin": {"time_of": "logit_kd"}}}, "time_of 'heavy' -> 'logit_kd'"),
+            ({"common": {**GRID["common"], "max_steps": 20}}, "max_steps 10 -> 20"),
+        ],
+    )
+    def test_a_longer_twin_of_another_time_has_changed(self, lab, sections, change):
+        lab.run(lab.grid(), "bccd/*/seed3")
+        cell = lab.grid(**sections).cell("bccd", "small", "longer_twin", 3)
+        assert cell.changes() == [change]
+        (cell.folder / "time_of.yaml").unlink()  # of earlier versions there is none
+        assert cell.state() == "done"
+
+    def test_a_longer_twin_that_is_shorter_is_refused(self, lab):
+        """By an earlier version, which didn't write down from which schedule its steps were computed."""
+        lab.run(lab.grid(), "bccd/*/seed3")
+        grid = lab.grid(common={**GRID["common"], "max_steps": 100})
+        for method in ("none", "logit_kd", "heavy"):
+            shutil.rmtree(grid.cell("bccd", "small", method, 3).folder)
+        shutil.rmtree(grid.cell("bccd", "small", "teacher").folder)
+        cell = grid.cell("bccd", "small", "longer_twin", 3)
+        (cell.folder / "time_of.yaml").unlink(missing_ok=True)
+        assert "was trained for 25 steps and its twin for 100" in lab.run(grid, "bccd/*/seed3")[cell.name]
+
+    def test_another_teacher_than_the_measured_one(self, lab, tmp_path):
+        grid = lab.grid()
+        lab.wish(bccd__small__heavy__seed3={"digest": "new"}, bccd__small__none__seed5={"digest": "new"})
+        outcomes = lab.run(grid, "bccd/*")
+        assert "had another teacher (its weights' digest is new) than the one" in outcomes["bccd/small/heavy/seed3"]
+        assert outcomes["bccd/small/heavy/seed5"] == "it needs bccd/small/none/seed5"
+        write_summary(grid, tmp_path / "docs", outcomes, say=lambda *_: None)
+        rows = json.loads((tmp_path / "docs" / "grid.json").read_text())["rows"]
+        assert [(row["method"], row["seeds"]) for row in rows] == [("logit_kd", [3])]
+
+    def test_a_split_without_objects(self, lab):
+        """Nothing is trained where nothing could be reported."""
+        lab.wish(bccd__small__teacher={"test": {}})
+        outcomes = lab.run(lab.grid(), "bccd/*/seed3")
+        assert "no AP on test: there is no object to find" in outcomes["bccd/small/teacher"]
+        assert outcomes["bccd/small/heavy/seed3"] == "it needs bccd/small/teacher" and len(lab.starts()) == 1
+
+    def test_the_command_fails_where_cells_do(self, lab, tmp_path):
+        lab.wish(bccd__small__teacher={"fails": True})
+        words = ["--config", str(lab.write()), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "docs")]
+        with pytest.raises(SystemExit) as failed:
+            compare.main([*words, "--only", "bccd/*/none/seed3"])
+        assert failed.value.code == 1
+        assert compare.main([*words, "--summarize_only"])
+        assert compare.main([*words, "--only", "shapes/*/none/seed3"])["shapes/small/none/seed3"] == "done"
+
     def test_waits_for_a_cell_that_another_harness_works_on(self, lab):
         grid = lab.grid()
         cell = grid.cell("bccd", "small", "teacher")
@@ -319,6 +436,11 @@ class TestFairness:
         with pytest.raises(ValueError, match=r"max_steps.*steps"):
             check_fair(longer, result, "run")
         check_fair(longer, result, "run", longer=True)
+        shorter = self.twin(result, student__steps=8, settings__DistillationConfig__max_steps=8)
+        with pytest.raises(
+            ValueError, match="run was trained for 8 steps and its twin for 9: it is to be a longer one"
+        ):
+            check_fair(shorter, result, "run", longer=True)
 
 
 class TestSummary:
@@ -374,6 +496,15 @@ class TestSummary:
         page = (output / "grid.md").read_text()
         words = " ".join(page.split())
         assert "over longer twin" in words and "| +11.0 (-1.7 to +23.7) |" in words and "| +2.0 (1 seed) |" in words
+        # Each method below the twin of its own seeds
+        lines = (
+            "| teacher | 50.0 | 60.0 |",
+            "| twin, seeds 3, 5 | 14.0 |",
+            "| twin, seed 3 | 13.0 |",
+            "| logit_kd, seed 3 | 23.0 |",
+        )
+        places = [words.partition("## shapes")[0].find(line) for line in lines]
+        assert places == sorted(places) and places[0] > 0
         assert "| bccd/small/heavy |" in words and "bccd/small/logit_kd/seed5: failed" in page
         for name in ("grid_gains.png", "grid_progress.png"):
             with Image.open(output / name) as picture:
@@ -553,6 +684,29 @@ class TestSummary:
             assert "nothing to summarise" in said[-1]
         else:
             assert reason in (output / "grid.md").read_text()
+
+    def test_a_record_in_another_spelling(self, lab, tmp_path):
+        """The grid's settings are compared as the command reads them: YAML takes 1e-3 for text; `auto` is what it chose."""
+        chosen = choose(FAMILIES["rt_detr"])
+        config = {"method": list(chosen.method), "method_config": chosen.method_config, "kd_decay": chosen.kd_decay}
+        methods = {"auto": {}, "two": {"method": "logit_kd,proposals"}}
+        lab.wish(bccd__small__auto__seed3={"config": config})
+        sections = {
+            "methods": methods,
+            "seeds": [3],
+            "data": {"bccd": {}},
+            "common": {**GRID["common"], "learning_rate": "1e-3"},
+        }
+        grid, output = lab.grid(**sections), tmp_path / "docs"
+        write_summary(grid, output, lab.run(grid), say=lambda *_: None)
+        recorded = (output / "grid.json").read_text()
+        shutil.rmtree(lab.folder / "runs")
+        write_summary(grid, output, {}, say=lambda *_: None)
+        assert (output / "grid.json").read_text() == recorded and len(json.loads(recorded)["rows"]) == 2
+        other = lab.grid(**{**sections, "methods": {"auto": {"kd_decay": "cosine"}}})
+        said = []
+        write_summary(other, output, {}, say=said.append)
+        assert any("kd_decay was 'linear' and is 'cosine'" in line for line in said)
 
     def test_what_is_missing_has_a_line_per_method(self):
         missing = dict.fromkeys(("d/p/teacher", "d/p/a/seed0", "d/p/a/seed2", "d/p/b/seed0"), "to do") | {

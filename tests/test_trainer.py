@@ -361,6 +361,17 @@ def test_resume_in_mid_epoch_ends_with_the_same_parameters(tmp_path, family):
     assert_equal(state_of(whole.model.methods), state_of(resumed.model.methods))
 
 
+def test_a_run_that_is_at_its_end_trains_no_further_step(tmp_path):
+    """Killed in what comes after the training; in mid-epoch transformers takes a step before it looks at the limit."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant", "learning_rate": 1e-2}
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    resumed = trainer(tmp_path, **settings)
+    result = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert result.global_step == resumed.state.global_step == 3
+    assert_equal(state_of(whole.student), state_of(resumed.student))
+
+
 @pytest.mark.parametrize("family", ["detr", "rt_detr", "deformable_detr_refine", "lw_detr"])
 def test_best_model_at_end_restores_every_tensor(tmp_path, family):
     run = trainer(

@@ -37,13 +37,13 @@ except ImportError:  # Windows: nothing there keeps two harnesses from working o
     fcntl = None
 
 from ..reporting.embed import embed_files
-from ..reporting.fairness import check_fair
+from ..reporting.fairness import check_fair, check_teacher
 from ..reporting.gains import plot_gains, plot_progress
 from ..reporting.page import gain_table, markdown
 from ..reporting.summary import TWIN, overview, read_summaries, summarize
 from .diagnose import diagnose_cells
 from .gate import no_better
-from .grid import TEACHER, Cell, Grid, read_grid
+from .grid import LENGTH, TEACHER, Cell, Grid, read_grid
 from .grid_record import continue_record
 from .setup import write_json
 
@@ -51,7 +51,11 @@ POLL_SECONDS = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, str]:
-    """The command. Returns by name of the cell ``done``, or why it isn't."""
+    """The command. Returns by name of the cell ``done``, or why it isn't.
+
+    Raises:
+        SystemExit: with code 1 after all is written, where cells were to be run and some aren't done.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the grid, a YAML file")
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side; they share the cores")
@@ -80,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, str]:
     write_summary(grid, arguments.output, outcomes)
     for path in embed_files(arguments.embed, arguments.output):
         print(f"written to {path}")
+    if not (arguments.summarize_only or arguments.diagnose) and set(outcomes.values()) != {"done"}:
+        raise SystemExit(1)
     return outcomes
 
 
@@ -131,11 +137,13 @@ class Runner:
     def _settled(self, cell: Cell) -> bool:
         """Whether nothing has to be decided about a cell any more: it runs, is done, or can't be run."""
         state = cell.state()
-        if state == "done":
-            self.outcomes[cell.name] = unfairness(self.grid, cell) or "done"
-            return True
         missing = [needed for needed in self.grid.needs(cell) if self.outcomes.get(needed.name) != "done"]
         lost = [needed.name for needed in missing if needed.name in self.outcomes]
+        if state == "done":
+            if len(missing) > len(lost):  # what it is compared with may be made again
+                return False
+            self.outcomes[cell.name] = unfairness(self.grid, cell) or "done"
+            return True
         if state == "changed":
             changes = "; ".join(cell.changes())
             reason = f"its settings have changed since it was begun ({changes}): put them back, or delete {cell.folder}"
@@ -177,8 +185,9 @@ class Runner:
             return False
         path, recipe = cell.folder / "recipe.yaml", dict(cell.recipe)
         if cell.time_of:
-            begun = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            begun = yaml.safe_load(path.read_text(encoding="utf-8")) if cell.begun else {}
             recipe["max_steps"] = begun.get("max_steps") or self.grid.steps_in_time(cell)
+            (cell.folder / LENGTH).write_text(yaml.safe_dump(cell.length()), encoding="utf-8")
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -212,12 +221,20 @@ class Runner:
 
 
 def unfairness(grid: Grid, cell: Cell) -> str | None:
-    """What makes the comparison of a finished run with its twin unfair, in words; None where nothing does."""
-    twin = grid.cell(cell.data, cell.pair, TWIN, cell.seed)
-    if cell.method in (TEACHER, TWIN) or twin is None or not cell.state() == twin.state() == "done":
+    """Why a finished run can't stand beside its twin and its teacher, in words; None where nothing speaks against it."""
+    if cell.state() != "done":
         return None
+    result, teacher = cell.read(), grid.teacher_of(cell)
+    row = result["teacher" if cell.method == TEACHER else "student"]
+    lacking = [split for split in ("validation", "test") if "map" not in row[split]]
+    if lacking:
+        return f"no AP on {' and '.join(lacking)}: there is no object to find. Name another split (`dataset_{lacking[0]}_split`)"
+    twin = grid.cell(cell.data, cell.pair, TWIN, cell.seed)
     try:
-        check_fair(cell.read(), twin.read(), cell.name, longer=cell.time_of is not None)
+        if cell.method != TEACHER and teacher.state() == "done":
+            check_teacher(result, teacher.read(), cell.name)
+        if cell.method not in (TEACHER, TWIN) and twin.state() == "done":
+            check_fair(result, twin.read(), cell.name, longer=cell.time_of is not None)
     except ValueError as error:
         return str(error)
     return None

@@ -21,8 +21,8 @@ from ..families import adapter_for
 from ..labels import LabelMap
 from ..reporting.gains import plot_diagnoses
 from ..reporting.summary import TWIN
-from .arguments import DataArguments, ModelArguments, parse
-from .distill import DistillArguments, Prepared, prepare
+from .arguments import parse
+from .distill import ARGUMENTS, Prepared, prepare
 from .grid import TEACHER, Cell, Grid
 from .setup import write_json
 
@@ -64,8 +64,7 @@ def diagnose_cells(grid: Grid, cells: Sequence[Cell], output: Path, say=print) -
 
 def flags_in(folder: Path) -> tuple:
     """The flags in a run's recipe.yaml, as distill.py reads them."""
-    groups = (ModelArguments, DataArguments, DistillArguments, DistillationConfig)
-    return parse(groups, ["--config", str(folder / "recipe.yaml")])
+    return parse(ARGUMENTS, ["--config", str(folder / "recipe.yaml")])
 
 
 def _measure(cell: Cell, twin: Cell) -> dict[str, Any]:

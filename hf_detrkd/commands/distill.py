@@ -76,11 +76,13 @@ class DistillArguments(StudentArguments):
     )
 
 
+ARGUMENTS = (ModelArguments, DataArguments, DistillArguments, DistillationConfig)
+"""All flags, by the groups in which `parse` returns them."""
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command. Returns what it writes to ``results.json``."""
-    model_arguments, data_arguments, extra, args = parse(
-        (ModelArguments, DataArguments, DistillArguments, DistillationConfig), argv, __doc__
-    )
+    model_arguments, data_arguments, extra, args = parse(ARGUMENTS, argv, __doc__)
     return distill(model_arguments, data_arguments, extra, args)
 
 

@@ -31,12 +31,17 @@ import yaml
 
 from ..reporting.fairness import HARMLESS, METHOD_FIELDS
 from ..reporting.summary import TWIN
+from .distill import ARGUMENTS
 from .resuming import last_complete_checkpoint
 
 TEACHER = "teacher"
 OF_THE_HARNESS = frozenset(
     {"output_dir", "seed", "with_twin", "evaluate_teacher", "only_teacher", "resume_from_checkpoint"}
 )
+LENGTH = "time_of.yaml"
+"""Beside the recipe of a longer twin, which has its own `max_steps`: what they were computed from."""
+FLAGS = frozenset(name for group in ARGUMENTS for name in group.__dataclass_fields__)
+"""Those of distill.py."""
 SECTIONS = ("common", "data", "pairs", "methods", "seeds", "overrides", "skip", "split")
 
 
@@ -69,17 +74,29 @@ class Cell:
         """What the cell wrote."""
         return json.loads(self.results.read_text(encoding="utf-8"))
 
+    @property
+    def begun(self) -> bool:
+        """Whether something of it is kept: a result or a checkpoint."""
+        recipe = self.folder / "recipe.yaml"
+        return recipe.is_file() and (self.results.is_file() or last_complete_checkpoint(self.folder) is not None)
+
+    def length(self) -> dict[str, Any]:
+        """What the steps of a longer twin depend on, besides the epochs in its recipe."""
+        return {"time_of": self.time_of, "max_steps": self.recipe.get("max_steps")}
+
     def changes(self) -> list[str]:
         """Settings that differ from those the cell was begun with, in words; none where it hasn't begun."""
-        path = self.folder / "recipe.yaml"
-        if not path.is_file():
+        if not self.begun:
             return []
-        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-        free = HARMLESS | ({"max_steps"} if self.time_of else set())
+        begun, now = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8")), dict(self.recipe)
+        if self.time_of:
+            length = self.folder / LENGTH  # earlier versions wrote none
+            begun |= yaml.safe_load(length.read_text(encoding="utf-8")) if length.is_file() else self.length()
+            now |= self.length()
         return [
-            f"{name} {begun.get(name)!r} -> {self.recipe.get(name)!r}"
-            for name in sorted((begun.keys() | self.recipe.keys()) - free)
-            if begun.get(name) != self.recipe.get(name)
+            f"{name} {begun.get(name)!r} -> {now.get(name)!r}"
+            for name in sorted((begun.keys() | now.keys()) - HARMLESS)
+            if begun.get(name) != now.get(name)
         ]
 
     def state(self) -> str:
@@ -115,8 +132,8 @@ class Grid:
         """The steps a longer twin has: as many as take the time of the distilled run of the same seed.
 
         Raises:
-            ValueError: where one of the two doesn't know, as it was resumed after its last step, and where the distilled
-                run was the faster one.
+            ValueError: where one of the two doesn't know, as it was resumed (after its last step, or with `kd_stop`), and where
+                the distilled run was the faster one.
         """
         pair = [self.cell(cell.data, cell.pair, method, cell.seed) for method in (TWIN, cell.time_of)]
         twin, other = (run.read()["student"] for run in pair)
@@ -162,12 +179,15 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
         to_be_tuned: the file named by ``overrides`` need not be there yet.
 
     Raises:
-        ValueError: for unknown sections and fields, and where a method's cells would differ from the twin's in more than
-            the method's own fields.
+        ValueError: for unknown sections, fields and flags; sections that aren't what they have to be; patterns that fit nothing;
+            cells without the ones they need; and where a method's cells would differ from the twin's in more than the
+            method's own fields.
     """
     path = Path(path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    unknown = sorted(set(content) - set(SECTIONS))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is {content!r}; a grid is a mapping with {', '.join(SECTIONS)}.")
+    unknown = sorted(map(str, set(content) - set(SECTIONS)))
     lacking = [name for name in ("data", "pairs", "methods", "seeds") if not content.get(name)]
     if unknown or lacking:
         raise ValueError(f"{path}: unknown sections {unknown}, missing {lacking}; a grid has {', '.join(SECTIONS)}.")
@@ -177,7 +197,14 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
     overrides = content.get("overrides") or {}
     if isinstance(overrides, str):
         overrides = _read_overrides(path, Path(overrides), to_be_tuned)
+    skip = content.get("skip") or []
+    _check_sections(path, {**content, "overrides": overrides})
     methods = {TWIN: {}} | {name: dict(fields or {}) for name, fields in content["methods"].items()}
+    names = [f"{data}/{pair}/{method}" for data in content["data"] for pair in content["pairs"] for method in methods]
+    idle = [pattern for pattern in (*skip, *overrides) if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        raise ValueError(f"{path}: {idle} in `skip` or `overrides` fit no cell; cells are {', '.join(names)}.")
+    distilled = [name for name, fields in methods.items() if name != TWIN and "time_of" not in fields]
     for name, fields in methods.items():
         strange = sorted(set(fields) - METHOD_FIELDS - {"time_of"})
         if strange or name == TEACHER or (fields.get("time_of", name) == name and "time_of" in fields):
@@ -185,25 +212,50 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
                 f"{path}: method {name!r} sets {strange or fields}. A method may set {', '.join(sorted(METHOD_FIELDS))}, "
                 "or `time_of` another method (the longer twin): in everything else it must be like its twin."
             )
-        if fields.get("time_of", TWIN) not in methods:
-            raise ValueError(f"{path}: `time_of` of {name!r} is {fields['time_of']!r}; methods are {sorted(methods)}.")
+        if "time_of" in fields and fields["time_of"] not in distilled:
+            raise ValueError(f"{path}: `time_of` of {name!r} is {fields['time_of']!r}; methods are {distilled}.")
+        if len(fields) > ("time_of" in fields) and (name == TWIN or "time_of" in fields):
+            raise ValueError(
+                f"{path}: {name!r} is a twin, without a teacher, and sets {sorted(fields)}: leave out the method's."
+            )
     cells = []
     for seed in content["seeds"]:
         for data, data_flags in content["data"].items():
             for pair, pair_flags in content["pairs"].items():
-                base = {**(content.get("common") or {}), **(data_flags or {}), **_named(pair_flags, data, seed)}
+                base = {**(content.get("common") or {}), **(data_flags or {}), **_named(pair_flags or {}, data, seed)}
                 drawn = "{seed}" in str(pair_flags)
                 folder = Path(runs) / path.stem / data / pair
                 group = [
                     _cell(folder, base, overrides, data, pair, method, seed, split, fields)
                     for method, fields in methods.items()
-                    if not _fits(content.get("skip") or [], f"{data}/{pair}/{method}")
+                    if not any(fnmatchcase(f"{data}/{pair}/{method}", pattern) for pattern in skip)
                 ]
+                _check_whole(path, group)
                 _check_alike(path, group)
                 if group and (drawn or seed == content["seeds"][0]):
                     cells.append(_teacher(folder, group[0], seed if drawn else None))
                 cells += group
     return Grid(path.stem, split, tuple(content["seeds"]), tuple(cells))
+
+
+def _check_sections(path: Path, content: Mapping[str, Any]) -> None:
+    """Whether every section is what it has to be, in words: YAML makes a mapping, a list or a text of few letters more or less."""
+
+    def check(section: str, value: Any, right: bool, wanted: str) -> None:
+        if not right:
+            raise ValueError(f"{path}: `{section}` is {value!r}; it must be {wanted}.")
+
+    for section in ("common", "data", "pairs", "methods", "overrides"):
+        value = content.get(section) or {}
+        check(section, value, isinstance(value, dict), "a mapping")
+        for name, flags in value.items() if section != "common" else ():
+            check(f"{section}: {name}", flags, isinstance(flags, dict | None), "a mapping of flags")
+            check(section, name, isinstance(name, str), "a mapping from names; put this one in quotation marks")
+            check(section, name, section == "overrides" or "/" not in name, "a mapping from names without /")
+    seeds, skip = content["seeds"], content.get("skip") or []
+    whole = isinstance(seeds, list) and all(type(seed) is int for seed in seeds) and len(set(seeds)) == len(seeds)
+    check("seeds", seeds, whole, "a list of whole numbers, each once")
+    check("skip", skip, isinstance(skip, list) and all(isinstance(one, str) for one in skip), "a list of patterns")
 
 
 def _read_overrides(grid: Path, path: Path, to_be_tuned: bool) -> dict[str, Any]:
@@ -222,13 +274,9 @@ def _named(flags: Mapping[str, Any], data: str, seed: int) -> dict[str, Any]:
         name: value.replace("{data}", data).replace("{seed}", str(seed)) if isinstance(value, str) else value
         for name, value in flags.items()
     }
-    if "teacher" not in flags:
+    if not flags.get("teacher"):
         raise ValueError(f"A pair needs a `teacher`, a folder or a Hub id; it has {sorted(flags)}.")
     return {"teacher_model_name_or_path": flags.pop("teacher"), **flags}
-
-
-def _fits(patterns, name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _cell(folder: Path, base, overrides, data, pair, method, seed, split, fields) -> Cell:
@@ -237,10 +285,16 @@ def _cell(folder: Path, base, overrides, data, pair, method, seed, split, fields
     time_of = recipe.pop("time_of", None)
     for pattern, flags in overrides.items():
         if fnmatchcase(f"{data}/{pair}/{method}", pattern):
-            recipe |= flags
-    managed = sorted(OF_THE_HARNESS & recipe.keys())
+            recipe |= flags or {}
+    managed, unknown = sorted(OF_THE_HARNESS & recipe.keys()), sorted(map(str, recipe.keys() - FLAGS))
     if managed:
         raise ValueError(f"The grid sets {managed}, which the harness sets itself.")
+    if unknown:
+        raise ValueError(f"The grid sets {unknown}, which are no flags of distill.py: its --help lists them.")
+    if recipe["method"] in (TWIN, [TWIN]) and method != TWIN and not time_of:
+        raise ValueError(
+            f"Method {method!r} is {TWIN!r}, the twin, which is always there: leave it out, or give it `time_of` (a longer twin)."
+        )
     if method == TWIN or time_of:
         recipe = {name: value for name, value in recipe.items() if name not in METHOD_FIELDS} | {"method": TWIN}
     if split == "validation":
@@ -256,6 +310,18 @@ def _teacher(folder: Path, cell: Cell, seed: int | None) -> Cell:
     recipe = {name: value for name, value in cell.recipe.items() if name not in METHOD_FIELDS}
     recipe |= {"method": TWIN, "output_dir": str(folder), "only_teacher": True}
     return Cell(cell.data, cell.pair, TEACHER, seed, recipe, folder)
+
+
+def _check_whole(path: Path, group: list[Cell]) -> None:
+    """What a cell needs must not be skipped."""
+    there = {cell.method for cell in group}
+    for cell in group:
+        lacking = {TWIN, cell.time_of} - {None} - there
+        if lacking:
+            raise ValueError(
+                f"{path}: `skip` leaves out {', '.join(sorted(lacking))} of {cell.data}/{cell.pair} and not {cell.method}, which "
+                "needs it: skip both or none."
+            )
 
 
 def _check_alike(path: Path, group: list[Cell]) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import DistillationConfig
+from ..families import FAMILIES
+from ..methods import settled
 from ..reporting.fairness import HARMLESS, METHOD_FIELDS
 from ..reporting.summary import TWIN, gain_rows, pair_name
+from .arguments import parse
+from .distill import ARGUMENTS
 from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid
+from .records import settings
 
 REPRODUCED = ("initial_digest", "steps", "validation", "test")
 """In what a twin that was run here must be as the recorded one, to the last digit."""
@@ -55,9 +61,12 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
     free = OF_THE_HARNESS | HARMLESS | (METHOD_FIELDS if cell.method == TEACHER else set())
     free |= {"max_steps"} if cell.time_of else set()
     defaults = {name: getattr(DistillationConfig, name) for name in METHOD_FIELDS - {"method"}}
-    for name, value in {**defaults, **cell.recipe}.items():
-        value = "+".join(value) if name == "method" and not isinstance(value, str) else value
-        if name not in free and ran.get(name) != value:
+    asked = {name: value for name, value in {**defaults, **cell.recipe}.items() if name not in free}
+    if any(ran.get(name) != value for name, value in asked.items()):
+        run = _as_run(cell, ran)
+        asked = {name: run[name] for name in asked}
+    for name, value in asked.items():
+        if ran.get(name) != value:
             return f"{name} was {ran.get(name)!r} and is {value!r}"
     if now is not None and now["teacher"]["metrics"] != was["teacher"]["metrics"]:
         return "the teacher here has other numbers than the recorded one"
@@ -67,3 +76,13 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
         if was is None or any(was[name] != now[name] for name in REPRODUCED):
             return "the twin here is not the recorded one"
     return None
+
+
+def _as_run(cell: Cell, ran: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's flags as its run records them: numbers that YAML takes for text (1e-3) are numbers, and `auto` is what it chose."""
+    *groups, args = parse(ARGUMENTS, [], defaults=cell.recipe)
+    if cell.method != TEACHER:
+        args = settled(args, FAMILIES[ran["model_type"]])
+    recorded = json.loads(json.dumps(settings(*groups, args), default=str))
+    flags = {name: value for group in recorded.values() for name, value in group.items()}
+    return {**flags, "method": "+".join(args.method)}

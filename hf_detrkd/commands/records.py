@@ -38,6 +38,11 @@ class StepClock(TrainerCallback):
 
     def __init__(self):
         self.ends: list[float] = []
+        self.lacks_a_part = False
+        """Resumed, so that of the steps with and those without the teacher some weren't timed."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.lacks_a_part = state.global_step > 0 and args.kd_stop > 0 and args.method != ["none"]
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(time.perf_counter())
@@ -46,8 +51,11 @@ class StepClock(TrainerCallback):
         """Seconds of a step: the mean, over twenty parts of the run, of the part's median step.
 
         By the medians evaluations and checkpoints, and what else the machine did now and then, don't count; by the parts the
-        steps after `kd_stop`, which are shorter, count for as many as they are. None where there were fewer than two steps.
+        steps after `kd_stop`, which are shorter, count for as many as they are. None where there were fewer than two steps,
+        and with `kd_stop` in a run that was resumed.
         """
+        if self.lacks_a_part:
+            return None
         seconds = [end - start for start, end in pairwise(self.ends)]
         parts = max(1, min(PARTS, len(seconds) // STEPS_OF_A_PART))
         bounds = [round(part * len(seconds) / parts) for part in range(parts + 1)]

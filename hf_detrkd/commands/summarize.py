@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..reporting.fairness import HARMLESS, differing, flat
 from ..reporting.table import text_table
 from .setup import write_json
 
@@ -25,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", help="file name without suffix")
     arguments = parser.parse_args(argv)
     runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in arguments.results]
-    lacking = [path for path, run in zip(arguments.results, runs, strict=True) if not (run["twin"] and run["teacher"])]
-    if lacking:
-        raise ValueError(f"{lacking} have no twin or no teacher: run distill.py with --with_twin true.")
+    check_alike(dict(zip(arguments.results, runs, strict=True)))
     summary = summarize(runs)
     table = text_table(["AP in points", *METRICS], rows(summary), markdown=True)
     print(table)
@@ -37,13 +36,55 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         time = "" if ratio is None else f" The distilled run took {ratio:.2f} times as long as its twin."
         seeds = ", ".join(map(str, summary["seeds"]))
         Path(f"{arguments.output}.md").write_text(
-            f"Method {summary['method']}, seeds {seeds}, {summary['steps']} steps, {summary['dataset']}, test split; "
+            f"Method {summary['method']}, seeds {seeds}, {summary['steps']} steps, {summary['dataset']}, {summary['split']} split; "
             "mean ± standard deviation over the seeds, and the gain as the mean of the differences with its smallest and "
             f"largest.\n\n{table}\n\nStudent: {summary['student_parameters'] / 1e6:.2f} M parameters, teacher: "
             f"{summary['teacher_parameters'] / 1e6:.2f} M.{time}\n",
             encoding="utf-8",
         )
     return summary
+
+
+def check_alike(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether runs are those of one recipe with several seeds.
+
+    Args:
+        runs: what ``results.json`` says, by its path.
+
+    Raises:
+        ValueError: naming the path, and in what it is another run than the first.
+    """
+    first, *others = runs
+    lacking = [
+        path for path, run in runs.items() if not (run.get("student") and run.get("twin") and run.get("teacher"))
+    ]
+    if lacking:
+        raise ValueError(f"{lacking} have no student, no twin or no teacher: run distill.py with --with_twin true.")
+    for path in others:
+        ours, theirs = (_of_all_seeds(runs[one]) for one in (first, path))
+        different = [f"{name} ({ours.get(name)!r}, {theirs.get(name)!r})" for name in differing(ours, theirs)]
+        if different:
+            raise ValueError(
+                f"{first} and {path} differ in more than the seed: {', '.join(different)}. Their mean would be of nothing; "
+                "compare.py sets methods side by side."
+            )
+    seeds = [run["settings"]["DistillationConfig"]["seed"] for run in runs.values()]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"{', '.join(runs)} have the seeds {seeds}: a run that counts twice makes the spread too small."
+        )
+
+
+def _of_all_seeds(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs of one recipe have in common."""
+    student = {name: run["student"][name] for name in ("method", "steps", "parameters")}
+    settings = {
+        group: {name: value for name, value in values.items() if name not in HARMLESS | {"seed"}}
+        for group, values in run["settings"].items()
+    }
+    return flat(
+        {"student": student, "settings": settings, "data": run.get("data"), "teacher": run["teacher"].get("digest")}
+    )
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -59,6 +100,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     return {
         "dataset": runs[0]["settings"]["DataArguments"]["dataset_name"],
+        "split": runs[0].get("data", {}).get("test_split", "test"),
         "method": runs[0]["student"]["method"],
         "seeds": [c["seed"] for c in config],
         "steps": runs[0]["student"]["steps"],

@@ -38,10 +38,10 @@ class Choice:
     """Why these, for the log."""
 
 
-def choose(student: FamilyAdapter) -> Choice:
+def choose(student: FamilyAdapter | type[FamilyAdapter]) -> Choice:
     """The methods for a student of any teacher, by what its family provides."""
     maps = "the maps that the decoder reads teach backbone and encoder"
-    if "replay" in student.provides:
+    if student.replays:
         return Choice(
             ("features", "kd_detr"),
             {"features": _MAPS, "kd_detr": _POINTS},
@@ -56,7 +56,7 @@ def choose(student: FamilyAdapter) -> Choice:
     )
 
 
-def settled(args: DistillationConfig, student: FamilyAdapter) -> DistillationConfig:
+def settled(args: DistillationConfig, student: FamilyAdapter | type[FamilyAdapter]) -> DistillationConfig:
     """The settings with the methods chosen for a student in place of ``auto``; where they name methods, these very settings.
 
     A decay that was asked for stays.

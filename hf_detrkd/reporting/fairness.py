@@ -49,22 +49,47 @@ def check_fair(result: Mapping[str, Any], twin: Mapping[str, Any], name: str, *,
 
     Args:
         name: of the run, for the message.
-        longer: the run is a twin that was trained for longer; its steps differ.
+        longer: the run is a twin that was trained for longer; its steps differ, and are no fewer.
 
     Raises:
         ValueError: naming the fields that differ, with their values.
     """
-    ours, theirs = _flat(_compared(result)), _flat(_compared(twin))
+    steps, least = (run["student"]["steps"] for run in (result, twin))
+    if longer and steps < least:
+        raise ValueError(
+            f"{name} was trained for {steps} steps and its twin for {least}: it is to be a longer one. Delete its folder and run "
+            "it again."
+        )
+    ours, theirs = (flat(_compared(run)) for run in (result, twin))
     may_differ = TRAINING_LENGTH if longer else frozenset()
     different = [
         f"{field} ({ours.get(field)!r}, the twin {theirs.get(field)!r})"
-        for field in sorted((ours.keys() | theirs.keys()) - may_differ)
-        if ours.get(field) != theirs.get(field)
+        for field in differing(ours, theirs)
+        if field not in may_differ
     ]
     if different:
         raise ValueError(
             f"{name} and its twin differ in more than the method: {', '.join(different)}. Their comparison would say "
             "nothing about the method: delete the folder of the one that is not as the grid says, and run it again."
+        )
+
+
+def check_teacher(result: Mapping[str, Any], measured: Mapping[str, Any], name: str) -> None:
+    """Compares the teacher that a run had with the one whose metrics stand beside it, where both recorded a digest.
+
+    Args:
+        measured: the ``results.json`` of the teacher's measurement.
+        name: of the run, for the message.
+
+    Raises:
+        ValueError: they are two.
+    """
+    had, has = ((one["teacher"] or {}).get("digest") for one in (result, measured))
+    if had and has and had != has:
+        raise ValueError(
+            f"{name} had another teacher (its weights' digest is {had}) than the one that was measured ({has}): the one in "
+            "its folder has changed. Delete the folder of the run or of the measurement, whichever had the wrong one, and "
+            "run it again."
         )
 
 
@@ -79,8 +104,14 @@ def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "student": student, "data": result["data"], "teacher": teacher, "versions": versions}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, or of which one has none."""
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Mappings in mappings as one, with names such as "settings.DistillationConfig.seed"."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

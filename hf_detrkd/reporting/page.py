@@ -111,7 +111,7 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str], unfinished: Ma
             f"`{pair['teacher']['name_or_path']}`{each} of {pair['teacher']['parameters'] / 1e6:.2f} M; {data['train']} images to train, "
             f"{data['validation']} to validate, {data['test']} to test.",
             gain_table(rows),
-            _metric_table(rows, _mean_metrics([one["teacher"]["metrics"] for one in drawn])),
+            _metric_table(rows, summary["pairs"], name),
             f"Gain by size and class:\n\n{_gains_table(rows)}",
         ]
     parts += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
@@ -134,10 +134,21 @@ def _mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(one[name] for one in metrics) for name in metrics[0]}
 
 
-def _metric_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, float]) -> str:
-    twin = max(rows, key=lambda row: len(row["seeds"]))["twin_metrics"]
-    lines = {"teacher": teacher, "twin": twin, **{row["method"]: row["metrics"] for row in rows}}
-    cells = [[name, *(number("map", metrics.get(key)) for key in COLUMNS.values())] for name, metrics in lines.items()]
+def _metric_table(rows: Sequence[Mapping[str, Any]], pairs: Mapping[str, Mapping], name: str) -> str:
+    """Every method below the twin of the same seeds, and below their teachers where every seed has its own."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(sorted(row["seeds"]))].append(row)
+    lines: list[tuple[str, Mapping[str, float]]] = []
+    for seeds in sorted(groups, key=len, reverse=True):
+        of = f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if len(groups) > 1 else ""
+        drawn = f"{name}/seed{seeds[0]}" in pairs
+        if drawn or not lines:
+            teachers = [pair_of(pairs, name, seed)["teacher"]["metrics"] for seed in seeds]
+            lines.append((f"teacher{of * drawn}", _mean_metrics(teachers)))
+        lines.append((f"twin{of}", groups[seeds][0]["twin_metrics"]))
+        lines += [(row["method"] + of, row["metrics"]) for row in groups[seeds]]
+    cells = [[label, *(number("map", metrics.get(key)) for key in COLUMNS.values())] for label, metrics in lines]
     return text_table(["", *COLUMNS], cells, markdown=True)
 
 
