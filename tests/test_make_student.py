@@ -250,7 +250,8 @@ def test_command(tmp_path, capsys):
 def test_student_and_twin_of_distill(tmp_path, monkeypatch):
     """The student made from the teacher, with the data's classes; the twin again from the same weights."""
     monkeypatch.setenv("HF_DETRKD_CACHE", str(tmp_path / "cache"))
-    teacher = saved(tmp_path / "teacher")
+    names = {0: "circle", 1: "square", 2: "triangle", 3: "hexagon", 4: "spiral"}
+    teacher = saved(tmp_path / "teacher", id2label=names)
     data = DataArguments(dataset_name=f"shapes:train=4,validation=2,test=2,size={zoo.SIZE}")
     extra = DistillArguments(student_decoder_layers=2)
     args = DistillationConfig(
