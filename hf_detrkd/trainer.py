@@ -359,6 +359,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         with self._averaged(), ExitStack() as stack:
             self.model = wrapper.student  # Trainer saves what self.model is
             stack.callback(setattr, self, "model", wrapper)
+            # transformers 5.24 would write on process 0 alone, whatever `save_on_each_node` says; who comes here is to write
+            wrapper.student.should_save_on_this_rank = bool
+            stack.callback(delattr, wrapper.student, "should_save_on_this_rank")
             super()._save(output_dir)
         write_state(state, output_dir)
 
