@@ -234,6 +234,8 @@ def test_which_settings_may_change_before_a_resume(tmp_path):
     same_settings(checkpoint, now())  # a run of an older version recorded nothing before its end
     (tmp_path / "results.json").write_text(json.dumps({"settings": now(older=1, run_name="a", method=("none",))}))
     same_settings(checkpoint, now(newer=2, run_name="b", method=["none"]) | {"DistillArguments": {"with_twin": True}})
+    (tmp_path / "results.json").write_text(json.dumps({"settings": now(accelerator_config={"dispatch_batches": None})}))
+    same_settings(checkpoint, now(accelerator_config={"dispatch_batches": False}))  # the same for data with a length
     with pytest.raises(ValueError, match=r"other settings: seed 1 -> 2\. Pass"):
         same_settings(checkpoint, now(seed=2))
     (tmp_path / "unfinished.json").write_text(json.dumps({"settings": now(seed=2)}))  # which is newer

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from ..reporting.fairness import HARMLESS
+from ..reporting.fairness import HARMLESS, flat
 from ..reporting.run import STATE, checkpoints, results_file
 
 
@@ -66,10 +66,10 @@ def same_settings(checkpoint: str | None, now: Mapping[str, Mapping[str, Any]]) 
     now = json.loads(json.dumps(now, default=str))  # as it would be written
     different = {
         name: f"{name} {its[name]!r} -> {values[name]!r}"
-        for group, values in now.items()
-        for its in [begun.get(group, {})]
-        for name in (values.keys() & its.keys()) - HARMLESS  # another version may have more settings
-        if its[name] != values[name]
+        for group, inside in now.items()
+        for values, its in [(flat(inside), flat(begun.get(group, {})))]
+        for name in values.keys() & its.keys()  # another version may have more settings
+        if its[name] != values[name] and HARMLESS.isdisjoint(name.split("."))
     }
     if different:
         raise ValueError(
