@@ -34,8 +34,8 @@ class CLoCKDistillConfig:
     """Rasterise boxes as FGD and the first author do, with the cell after their end too; else [floor, ceil), as the
     port."""
     content: str = "native"
-    """Of the target-aware queries, see `TargetQueries`. The first author's is "random", which no decoder has seen; with
-    "denoising" an RT-DETR teacher answers with boxes that are worse than those it was asked about."""
+    """Of the target-aware queries, see `TargetQueries`. The first author's is "random", which no decoder has seen;
+    "denoising" queries see the model's own beside them in training, and not here."""
     groups: int = 1
     """The student decodes this many copies of the target-aware queries, which don't see each other; the average counts.
     3 in GKD. Without dropout copies answer alike, so more than 1 only costs time then."""
