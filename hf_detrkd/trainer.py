@@ -23,6 +23,7 @@ from .ema import ExponentialMovingAverage
 from .evaluation.streaming import StreamingCocoMetrics
 from .evaluation.trainer import StreamingTrainer
 from .families import adapter_for
+from .gradient_shares import NoticeIdleTerms, measured_in
 from .labels import LabelMap
 from .loss_parts import LossParts
 from .methods import DistillationMethod, build_methods, settled
@@ -35,13 +36,6 @@ from .sharding import shard_teacher
 from .sheets import DrawSheets
 
 logger = logging.get_logger(__name__)
-
-LEAST_SHARE = 0.01
-"""Of the gradient norm. Shares of 10 to 40 % at the start are what helped in our runs (docs/results)."""
-
-FIRST_SHARE_STEP = 20
-"""As `--after` of scripts/tune.py. In the first steps from random weights the task's gradient is a hundred times what it is soon
-after (RT-DETR on `shapes`: 0.3 % of the gradient were distillation's, then 36 %), so that shares there mean nothing."""
 
 
 class DistillationTrainer(StreamingTrainer, PublishingTrainer):
@@ -161,8 +155,8 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         if args.sheet_steps and args.sheet_images:
             self.add_callback(self._sheets(teacher_processing_class or processing_class))
         self.add_callback(StampSeconds())
+        self.add_callback(NoticeIdleTerms(methods))
         self._parts = LossParts()
-        self._warned = False
         self.teacher_digest = None
         if self.teacher is not None:
             self.teacher_digest = digest(self.teacher)  # while this process has all of it
@@ -242,38 +236,17 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
                 "teacher_view": self._teacher_view(teacher_inputs, attentions),
                 "kd_scale": scale,
                 "generator": generator,
-                "gradient_norms": self._measures_gradients(step),
+                "gradient_norms": measured_in(step, self.state.max_steps, self.args.gradient_share_steps),
             }
         outputs = model(**inputs, **options)
         self._parts.add(outputs, None if self.teacher is None else scale)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def _measures_gradients(self, step: int) -> bool:
-        every = self.args.gradient_share_steps
-        first = max(0, min(FIRST_SHARE_STEP, self.state.max_steps - 3))
-        return every > 0 and (first <= step < first + 3 or (step + 1) % every == 0)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the losses' parts since the last log, over all processes."""
         if "loss" in logs:
             logs.update(self._parts.means(self.accelerator))
-            self._warn_of_idle_distillation(logs)
         super().log(logs, start_time)
-
-    def _warn_of_idle_distillation(self, logs: dict[str, float]) -> None:
-        """Once: terms this small change nothing, and the run would pass for a distilled one."""
-        share = logs.get("gradient_share_kd")
-        if self._warned or share is None or share >= LEAST_SHARE:
-            return
-        if logs["kd_scale"] < self.args.kd_weight / 2:  # small by the schedule's wish
-            return
-        self._warned = True
-        if self.is_world_process_zero():
-            logger.warning(
-                f"Distillation has {share:.2g} of the gradient norm (`gradient_share_kd`): the student learns nothing from "
-                f"the teacher. Raise `kd_weight` (now {self.args.kd_weight:g}) or the weights of the terms, so that it has 0.1 "
-                "to 0.4 at the start; scripts/tune.py finds the weight."
-            )
 
     def create_optimizer(self, model=None):
         """As Trainer's, with the backbone in groups of its own at ``backbone_lr_factor``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_detrkd import DistillationConfig, DistillationModel, DistillationTrainer
 from hf_detrkd.checkpoints import STATE_NAME
 from hf_detrkd.data import DetectionCollator
 from hf_detrkd.detectors import digest
+from hf_detrkd.gradient_shares import measured_in
 
 KD_DETR = {"general_points": 4}
 
@@ -137,22 +139,43 @@ def test_logs_every_part_and_its_share_of_the_gradient(tmp_path):
 )
 def test_distillation_that_does_nothing_is_noticed(tmp_path, monkeypatch, settings, warned):
     said = []
-    monkeypatch.setattr("hf_detrkd.trainer.logger.warning", said.append)
+    monkeypatch.setattr("hf_detrkd.gradient_shares.logger.warning", said.append)
     trainer(tmp_path, gradient_share_steps=1, logging_steps=1, **settings).train()
-    found = [message for message in said if "gradient_share_kd" in message]
-    assert len(found) == warned
-    assert all("Raise `kd_weight` (now 1e-05)" in message for message in found)
+    assert len(said) == warned
+    assert all("Raise `kd_weight` (now 1e-05)" in message for message in said)
+
+
+@pytest.mark.parametrize("method", [["kd_detr"], ["features", "kd_detr"]])
+def test_terms_that_do_nothing_are_noticed_and_the_weights_that_are_proposed_are_right(tmp_path, monkeypatch, method):
+    said = []
+    monkeypatch.setattr("hf_detrkd.gradient_shares.logger.warning", said.append)
+    config = {"general_points": 7, "weights": {"general_l1": 1e-7, "general_giou": 0.0}}
+    settings = {"method": method, "gradient_share_steps": 1, "logging_steps": 1}
+    several = len(method) > 1
+    trainer(tmp_path, method_config={"kd_detr": config} if several else config, **settings).train()
+    (message,) = said
+    name = "kd_detr_general_l1" if several else "general_l1"
+    named, proposed = re.search(r"norm: (.*?)\. The student .*--method_config '(.*)'$", message).groups()
+    assert re.fullmatch(rf"{name} \d.\d?e-\d\d", named)  # none that is switched off, and no other
+    assert f"--method {' '.join(method)} " in message
+
+    said.clear()
+    proposed = json.loads(proposed)
+    its = proposed["kd_detr"] if several else proposed
+    assert its["general_points"] == 7 and its["weights"].keys() == config["weights"].keys()
+    again = trainer(tmp_path / "again", method_config=proposed, **settings)
+    again.train()
+    assert again.state.log_history[0][f"gradient_share_{name}"] == pytest.approx(0.1, abs=0.03)
+    assert not said
 
 
 @pytest.mark.parametrize(
     ("max_steps", "every", "measured"),
     [(100, 40, [20, 21, 22, 39, 79]), (3, 500, [0, 1, 2]), (2, 500, [0, 1]), (3, 1, [0, 1, 2]), (100, 0, [])],
 )
-def test_gradient_shares_are_not_those_of_the_first_steps(tmp_path, max_steps, every, measured):
+def test_gradient_shares_are_not_those_of_the_first_steps(max_steps, every, measured):
     """From random weights the task's gradient is a hundred times its usual size there: shares say nothing, and a good run was warned of."""
-    run = trainer(tmp_path, gradient_share_steps=every, max_steps=max_steps)
-    run.state.max_steps = max_steps
-    assert [step for step in range(max_steps) if run._measures_gradients(step)] == measured
+    assert [step for step in range(max_steps) if measured_in(step, max_steps, every)] == measured
 
 
 def test_gradient_share_is_that_of_separate_backward_passes(tmp_path):

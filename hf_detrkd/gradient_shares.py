@@ -1,0 +1,84 @@
+"""Shares of the gradient norm: in which steps they are measured, and what is said of those that are too small."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+
+from transformers.trainer_callback import TrainerCallback
+from transformers.utils import logging
+
+from .methods import DistillationMethod
+
+logger = logging.get_logger(__name__)
+
+FIRST_STEP = 20
+"""As `--after` of scripts/tune.py. In the first steps from random weights the task's gradient is a hundred times what it is soon
+after (RT-DETR on `shapes`: 0.3 % of the gradient were distillation's, then 36 %), so that shares there mean nothing."""
+
+LEAST_SHARE = 0.01
+"""Of distillation. Shares of 10 to 40 % at the start are what helped in our runs (docs/results)."""
+
+LEAST_TERM_SHARE = 0.001
+"""Of one term. The smallest that a term of a method that gained had in docs/results/bccd_long.json is five times that; at the
+papers' weights the maps of `clockdistill` and `detrdistill` have less with some pairs."""
+
+USUAL_TERM_SHARE = 0.1
+"""That an idle term is proposed to have."""
+
+
+def measured_in(step: int, max_steps: int, every: int) -> bool:
+    """Whether the shares are measured in a step: in three after the first twenty, and then in one of ``every``."""
+    first = max(0, min(FIRST_STEP, max_steps - 3))
+    return every > 0 and (first <= step < first + 3 or (step + 1) % every == 0)
+
+
+class NoticeIdleTerms(TrainerCallback):
+    """Warns once where distillation, or one of its terms, is too weak to change anything: the run would pass for a distilled one."""
+
+    def __init__(self, methods: Iterable[DistillationMethod]):
+        self.methods = tuple(methods)
+        self.warned = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        share = (logs or {}).get("gradient_share_kd")
+        if self.warned or share is None or not state.is_world_process_zero:
+            return
+        if logs["kd_scale"] < args.kd_weight / 2:  # small by the schedule's wish
+            return
+        if share < LEAST_SHARE:
+            self.warned = True
+            logger.warning(
+                f"Distillation has {share:.2g} of the gradient norm (`gradient_share_kd`): the student learns nothing from "
+                f"the teacher. Raise `kd_weight` (now {args.kd_weight:g}) or the weights of the terms, so that it has 0.1 "
+                "to 0.4 at the start; scripts/tune.py finds the weight."
+            )
+        elif idle := self._idle(logs):
+            self.warned = True
+            logger.warning(
+                f"Terms with next to nothing of the gradient norm: {', '.join(f'{name} {share:.2g}' for name, share in idle.items())}. "
+                "The student learns nothing from them. Leave them out with weights of 0, or give each about "
+                f"{USUAL_TERM_SHARE:g} of it: --method {' '.join(method.name for method in self.methods)} --method_config "
+                f"'{json.dumps(self._heavier(idle, args.method_config))}'"
+            )
+
+    def _idle(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """Share by name, as the log has it, of the terms that are on and hardly do anything."""
+        terms = {name: logs.get(f"gradient_share_{name}") for name, _, _ in self._terms() if f"kd_{name}" in logs}
+        return {name: share for name, share in terms.items() if share is not None and share < LEAST_TERM_SHARE}
+
+    def _heavier(self, idle: Mapping[str, float], settings: Mapping | None) -> dict:
+        """``method_config`` with weights that give idle terms the usual share; those without a gradient keep theirs."""
+        settings = copy.deepcopy(dict(settings or {}))
+        for name, method, term in self._terms():
+            if idle.get(name):
+                its = settings.setdefault(method.name, {}) if len(self.methods) > 1 else settings
+                weight = method.config.weights[term] * USUAL_TERM_SHARE / idle[name]
+                its["weights"] = {**its.get("weights", {}), term: float(f"{weight:.2g}")}
+        return settings
+
+    def _terms(self) -> Iterable[tuple[str, DistillationMethod, str]]:
+        for method in self.methods:
+            for term in method.config.weights:
+                yield (f"{method.name}_{term}" if len(self.methods) > 1 else term), method, term
