@@ -69,6 +69,13 @@ class DistillationConfig(TrainingArguments):
             "2006.13108) or cosine."
         },
     )
+    kd_every: int = field(
+        default=1,
+        metadata={
+            "help": "Teach in every so-manieth step only, with as many times the weight: 2 takes half of the time that "
+            "distillation costs."
+        },
+    )
     layer_supervision: bool = field(
         default=True,
         metadata={
@@ -169,6 +176,10 @@ class DistillationConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {value}; it must be 0 or more.")
         if self.kd_decay not in ("none", "linear", "cosine"):
             raise ValueError(f"`kd_decay` is {self.kd_decay!r}; allowed are 'none', 'linear', 'cosine'.")
+        if self.kd_every < 1:
+            raise ValueError(
+                f"`kd_every` is {self.kd_every}; it must be 1 (the teacher teaches in every step) or more."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be in [0, 1), and 0 means no moving average.")
         if self.remove_unused_columns:
@@ -219,14 +230,17 @@ class DistillationConfig(TrainingArguments):
         """The factor of all distillation terms at ``step`` of ``max_steps``.
 
         ``kd_weight``, warmed up, 0 after the stop, and on the way there falling by ``1 - t`` (linear) or
-        ``(1 + cos(pi t)) / 2`` (cosine), t the share of the steps that are done.
+        ``(1 + cos(pi t)) / 2`` (cosine), t the share of the steps that are done. With ``kd_every`` it is so many times that in
+        every so-manieth step, and 0 in the others.
         """
+        if step % self.kd_every:
+            return 0.0
         warmup, stop = (steps * max_steps if 0 < steps < 1 else steps for steps in (self.kd_warmup_steps, self.kd_stop))
         if stop and step >= stop:
             return 0.0
         done = step / (stop or max_steps)
         decay = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.kd_decay]
-        return self.kd_weight * decay * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+        return self.kd_every * self.kd_weight * decay * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
 
 
 def without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,10 +28,16 @@ USUAL_TERM_SHARE = 0.1
 """That an idle term is proposed to have."""
 
 
-def measured_in(step: int, max_steps: int, every: int) -> bool:
-    """Whether the shares are measured in a step: in three after the first twenty, and then in one of ``every``."""
-    first = max(0, min(FIRST_STEP, max_steps - 3))
-    return every > 0 and (first <= step < first + 3 or (step + 1) % every == 0)
+def measured_in(step: int, max_steps: int, every: int, kd_every: int = 1) -> bool:
+    """Whether the shares are measured in a step that has a teacher: in three after the first twenty, then in one of ``every``.
+
+    Args:
+        kd_every: how many steps there are to one with a teacher.
+    """
+    first = max(0, min(FIRST_STEP, max_steps - 3 * kd_every))
+    if every == 0:
+        return False
+    return first <= step < first + 3 * kd_every or (step + 1 >= every and (step + 1) % every < kd_every)
 
 
 class NoticeIdleTerms(TrainerCallback):

@@ -236,7 +236,9 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
                 "teacher_view": self._teacher_view(teacher_inputs, attentions),
                 "kd_scale": scale,
                 "generator": generator,
-                "gradient_norms": measured_in(step, self.state.max_steps, self.args.gradient_share_steps),
+                "gradient_norms": measured_in(
+                    step, self.state.max_steps, self.args.gradient_share_steps, self.args.kd_every
+                ),
             }
         outputs = model(**inputs, **options)
         self._parts.add(outputs, None if self.teacher is None else scale)

@@ -61,6 +61,14 @@ def test_time_of_a_step():
     assert clock([2.0, 2.0, 9.0, 2.0, 2.0, 2.0, 2.0]).typical() == 2
 
 
+def test_time_of_a_step_where_every_second_has_a_teacher(tmp_path):
+    """The median of long and short steps would be one of the two."""
+    alternating = clock([3.0, 1.0] * 50)
+    args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, kd_every=2)
+    alternating.on_train_begin(args, TrainerState(), None)
+    assert alternating.typical() == pytest.approx(2)
+
+
 def test_time_of_a_step_where_a_run_with_kd_stop_was_resumed(tmp_path):
     """The steps before the resume, more of them with the teacher, aren't among those it has timed."""
     for step, settings, known in (

@@ -32,6 +32,7 @@ def test_defaults():
         "kd_warmup_steps": 0,
         "kd_stop": 0,
         "kd_decay": "none",
+        "kd_every": 1,
         "layer_supervision": True,
         "backbone_lr_factor": 0.1,
         "ema_decay": 0.9999,
@@ -170,6 +171,12 @@ def test_kd_scale_stops():
     assert schedule(config(kd_stop=3, kd_warmup_steps=2), range(5), 5) == [0.5, 1, 1, 0, 0]
 
 
+def test_kd_scale_of_every_second_step_is_twice_as_large():
+    assert schedule(config(kd_every=2), range(5), 5) == [2, 0, 2, 0, 2]
+    assert schedule(config(kd_every=3, kd_weight=0.5), range(5), 5) == [1.5, 0, 0, 1.5, 0]
+    assert schedule(config(kd_every=2, kd_decay="linear", kd_stop=4), range(6), 6) == [2, 0, 1, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -178,6 +185,7 @@ def test_kd_scale_stops():
         ({"kd_weight": float("nan")}, "`kd_weight` is nan; it must be 0 or more"),
         ({"kd_warmup_steps": -1}, "`kd_warmup_steps` is -1"),
         ({"kd_stop": -1}, "`kd_stop` is -1"),
+        ({"kd_every": 0}, "`kd_every` is 0; it must be 1"),
         ({"kd_decay": "exp"}, "`kd_decay` is 'exp'; allowed are 'none', 'linear', 'cosine'"),
         ({"backbone_lr_factor": -1}, "`backbone_lr_factor` is -1"),
         ({"gradient_share_steps": -1}, "`gradient_share_steps` is -1"),

@@ -170,12 +170,22 @@ def test_terms_that_do_nothing_are_noticed_and_the_weights_that_are_proposed_are
 
 
 @pytest.mark.parametrize(
-    ("max_steps", "every", "measured"),
-    [(100, 40, [20, 21, 22, 39, 79]), (3, 500, [0, 1, 2]), (2, 500, [0, 1]), (3, 1, [0, 1, 2]), (100, 0, [])],
+    ("max_steps", "every", "kd_every", "measured"),
+    [
+        (100, 40, 1, [20, 21, 22, 39, 79]),
+        (3, 500, 1, [0, 1, 2]),
+        (2, 500, 1, [0, 1]),
+        (3, 1, 1, [0, 1, 2]),
+        (100, 0, 1, []),
+        (100, 40, 2, [20, 22, 24, 40, 80]),
+        (100, 40, 3, [21, 24, 27, 39, 81]),
+        (7, 40, 2, [2, 4, 6]),
+    ],
 )
-def test_gradient_shares_are_not_those_of_the_first_steps(max_steps, every, measured):
+def test_gradient_shares_are_not_those_of_the_first_steps(max_steps, every, kd_every, measured):
     """From random weights the task's gradient is a hundred times its usual size there: shares say nothing, and a good run was warned of."""
-    assert [step for step in range(max_steps) if measured_in(step, max_steps, every)] == measured
+    taught = range(0, max_steps, kd_every)
+    assert [step for step in taught if measured_in(step, max_steps, every, kd_every)] == measured
 
 
 def test_gradient_share_is_that_of_separate_backward_passes(tmp_path):
@@ -211,6 +221,19 @@ def test_schedule_warms_up_and_leaves_the_teacher_out(tmp_path):
     assert calls == [0, 1, 2]
     scales = [log["kd_scale"] for log in run.state.log_history if "kd_scale" in log]
     assert scales == [0.5, 1.0, 1.0, 0.0]
+
+
+def test_the_teacher_works_in_every_second_step_only(tmp_path):
+    run = trainer(tmp_path, max_steps=4, kd_every=2)
+    calls = []
+    original = run._teacher_view
+    run._teacher_view = lambda *args: calls.append(run.state.global_step) or original(*args)
+    run.train()
+    assert calls == [0, 2]
+    logs = [log for log in run.state.log_history if "kd_scale" in log]
+    assert [log["kd_scale"] for log in logs] == [2, 0, 2, 0]
+    assert ["kd_specific_l1" in log for log in logs] == [True, False, True, False]
+    assert ["gradient_share_kd" in log for log in logs] == [True, False, True, False]
 
 
 def test_backbone_has_a_learning_rate_of_its_own(tmp_path):

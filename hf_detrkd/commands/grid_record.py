@@ -56,11 +56,12 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
     was, now = recorded["pairs"].get(pair), here["pairs"].get(pair)
     if was is None:
         return "there is none of its teacher"
+    defaults = {name: getattr(DistillationConfig, name) for name in METHOD_FIELDS - {"method"}}
     shared = {name: value for group in was["settings"].values() for name, value in group.items()}
+    shared = {**defaults, **shared}  # those of earlier versions lack what came since
     ran = shared if cell.method == TEACHER else {**shared, **recorded["runs"][cell.name]}
     free = OF_THE_HARNESS | HARMLESS | (METHOD_FIELDS if cell.method == TEACHER else set())
     free |= {"max_steps"} if cell.time_of else set()
-    defaults = {name: getattr(DistillationConfig, name) for name in METHOD_FIELDS - {"method"}}
     asked = {name: value for name, value in {**defaults, **cell.recipe}.items() if name not in free}
     if any(ran.get(name) != value for name, value in asked.items()):
         run = _as_run(cell, ran)

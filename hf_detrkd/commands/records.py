@@ -38,25 +38,30 @@ class StepClock(TrainerCallback):
 
     def __init__(self):
         self.ends: list[float] = []
+        self.cycle = 1
+        """Steps of which one has a teacher."""
         self.lacks_a_part = False
         """Resumed, so that of the steps with and those without the teacher some weren't timed."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.cycle = 1 if args.method == ["none"] else args.kd_every
         self.lacks_a_part = state.global_step > 0 and args.kd_stop > 0 and args.method != ["none"]
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(time.perf_counter())
 
     def typical(self) -> float | None:
-        """Seconds of a step: the mean, over twenty parts of the run, of the part's median step.
+        """Seconds of a step: the mean, over twenty parts of the run, of the part's median.
 
         By the medians evaluations and checkpoints, and what else the machine did now and then, don't count; by the parts the
-        steps after `kd_stop`, which are shorter, count for as many as they are. None where there were fewer than two steps,
-        and with `kd_stop` in a run that was resumed.
+        steps after `kd_stop`, which are shorter, count for as many as they are; and the median is that of whole cycles of
+        `kd_every` steps. None where there were fewer than two steps (or than a cycle), and with `kd_stop` in a run that was
+        resumed.
         """
         if self.lacks_a_part:
             return None
-        seconds = [end - start for start, end in pairwise(self.ends)]
+        cycles = zip(self.ends, self.ends[self.cycle :], strict=False)
+        seconds = [(end - start) / self.cycle for start, end in cycles]
         parts = max(1, min(PARTS, len(seconds) // STEPS_OF_A_PART))
         bounds = [round(part * len(seconds) / parts) for part in range(parts + 1)]
         medians = [statistics.median(seconds[a:b]) for a, b in pairwise(bounds) if b > a]

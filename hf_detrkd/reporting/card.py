@@ -37,7 +37,17 @@ SETTINGS = {
     "DistillationConfig": (
         *("num_train_epochs", "max_steps", "learning_rate", "backbone_lr_factor", "lr_scheduler_type", "warmup_steps"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm"),
-        *("bf16", "fp16", "ema_decay", "detection_weight", "kd_weight", "kd_warmup_steps", "kd_stop", "kd_decay"),
+        *(
+            "bf16",
+            "fp16",
+            "ema_decay",
+            "detection_weight",
+            "kd_weight",
+            "kd_warmup_steps",
+            "kd_stop",
+            "kd_decay",
+            "kd_every",
+        ),
         *("layer_supervision", "seed"),
     ),
     "ModelArguments": ("image_size", "do_normalize"),

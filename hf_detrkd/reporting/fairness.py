@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-METHOD_FIELDS = frozenset({"method", "method_config", "kd_weight", "kd_warmup_steps", "kd_stop", "kd_decay"})
+METHOD_FIELDS = frozenset(
+    {"method", "method_config", "kd_weight", "kd_warmup_steps", "kd_stop", "kd_decay", "kd_every"}
+)
 """All in which a distilled run may differ from its twin."""
 HARMLESS = frozenset(
     {

@@ -11,6 +11,7 @@ from typing import Any
 
 from scipy.stats import t
 
+from ..config import DistillationConfig
 from .fairness import METHOD_FIELDS
 
 Result = Mapping[str, Any]
@@ -211,7 +212,8 @@ def _run(result: Result) -> dict[str, Any]:
     student = {name: value for name, value in result["student"].items() if name not in ("validation", "test")}
     config = result["settings"]["DistillationConfig"]
     metrics = {split: _metrics(result["student"][split]) for split in ("validation", "test")}
-    method = {name: config.get(name) for name in sorted(METHOD_FIELDS - {"method"})}
+    # Runs of earlier versions lack what came since
+    method = {name: config.get(name, getattr(DistillationConfig, name)) for name in sorted(METHOD_FIELDS - {"method"})}
     return {**student, **method, **metrics, "machine": result["versions"]["machine"]}
 
 
