@@ -209,7 +209,7 @@ def ground_truth_matches(view: DetrView, targets: Sequence[Mapping[str, Tensor]]
         view: of an adapter.
         targets: per image ``class_labels`` (N,) among the view's classes, and ``boxes`` (N, 4).
     """
-    matcher = GroundTruthMatcher(*view.adapter.matching_costs, classification=view.classification)
+    matcher = GroundTruthMatcher(**view.adapter.matching_costs, classification=view.classification)
     return matcher(view.logits, view.boxes, targets)
 
 

@@ -104,7 +104,8 @@ def test_by_the_slowest_obvious_python(student, labelled):
     assert sum(len(t["boxes"]) for t in extended) > sum(len(t["boxes"]) for t in targets)
     lists = [{name: value.tolist() for name, value in image.items()} for image in extended]
     expected = dict.fromkeys(terms, 0.0)
-    kind, costs = student_view.classification, student_view.adapter.matching_costs
+    kind = student_view.classification
+    costs = tuple(student_view.adapter.matching_costs[name] for name in ("class_cost", "l1_cost", "giou_cost"))
     for logits, places in zip(student_view.logits.tolist(), student_view.boxes.tolist(), strict=True):
         pairs = []
         for z, b, image in zip(logits, places, lists, strict=True):

@@ -44,7 +44,7 @@ class Scripted:
 
     provides = frozenset({"replay", "queries_from_boxes", "reference"})
     classification = "sigmoid"
-    matching_costs = (2.0, 5.0, 2.0)
+    matching_costs = {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0}
     width = memory_width = 2
     feature_channels = (2,)
     num_classes = 2

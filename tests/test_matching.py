@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import reference_loops as loops
 import torch
+import zoo
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher as DetrHungarianMatcher
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
+from hf_detrkd.families import adapter_for
 from hf_detrkd.matching import GroundTruthMatcher, HungarianMatcher, Match, identity_match, pair_layers
 
 KINDS = ["sigmoid", "softmax"]
@@ -234,6 +236,15 @@ def test_ground_truth_is_transformers_matching(name, sizes):
         for (query, target), (query_expected, target_expected) in zip(pairs, expected, strict=True):
             assert torch.equal(query, query_expected)
             assert torch.equal(target, target_expected)
+
+
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
+def test_ground_truth_matches_as_the_config_says(family):
+    model = zoo.build(family)
+    model.config.matcher_alpha, model.config.matcher_gamma, model.config.matcher_bbox_cost = 0.6, 1.5, 3.0
+    adapter = adapter_for(model)
+    ours = GroundTruthMatcher(**adapter.matching_costs, classification=adapter.classification)
+    assert ours == GroundTruthMatcher.like(RTDetrHungarianMatcher(model.config))
 
 
 def test_ground_truth_knows_what_it_does_not_know():

@@ -61,7 +61,7 @@ class Scripted:
 
     provides = frozenset({"replay", "queries_from_boxes", "reference", "self_attentions", "cross_attentions"})
     classification = "sigmoid"
-    matching_costs = (2.0, 5.0, 2.0)
+    matching_costs = {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0}
     """Deformable DETR's, which both repositories train."""
     model = SimpleNamespace(config=SimpleNamespace(model_type="scripted"))
 

@@ -150,10 +150,10 @@ class DecoderContract:
         return tuple(self.feature_module.intermediate_channel_sizes)
 
     @property
-    def matching_costs(self) -> tuple[float, float, float]:
-        """Of class, L1 and GIoU in the matching of queries with targets, as the family trains."""
+    def matching_costs(self) -> dict[str, float]:
+        """Settings of `GroundTruthMatcher` with which it matches queries with targets as the family does in training."""
         config = self.model.config
-        return config.class_cost, config.bbox_cost, config.giou_cost
+        return {"class_cost": config.class_cost, "l1_cost": config.bbox_cost, "giou_cost": config.giou_cost}
 
     # ---------------------------------------------------------------------------------------- what a family says
 

@@ -26,9 +26,15 @@ class RTDetrAdapter(FamilyAdapter):
     scores_quality = True
 
     @property
-    def matching_costs(self) -> tuple[float, float, float]:
-        config = self.model.config
-        return config.matcher_class_cost, config.matcher_bbox_cost, config.matcher_giou_cost
+    def matching_costs(self) -> dict[str, float]:
+        names = {
+            "class_cost": "class_cost",
+            "l1_cost": "bbox_cost",
+            "giou_cost": "giou_cost",
+            "alpha": "alpha",
+            "gamma": "gamma",
+        }
+        return {name: getattr(self.model.config, f"matcher_{its}") for name, its in names.items()}
 
     def own(self, number: int) -> slice:
         return slice(number - self.num_queries, number)  # denoising queries come first
