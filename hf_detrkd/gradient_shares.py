@@ -24,8 +24,8 @@ LEAST_TERM_SHARE = 0.001
 """Of one term. The smallest that a term of a method that gained had in docs/results/bccd_long.json is five times that; at the
 papers' weights the maps of `clockdistill` and `detrdistill` have less with some pairs."""
 
-USUAL_TERM_SHARE = 0.1
-"""That an idle term is proposed to have."""
+USUAL_SHARE, USUAL_TERM_SHARE = 0.3, 0.1
+"""That distillation, or a term of it, is proposed to have where it has too little."""
 
 
 def measured_in(step: int, max_steps: int, every: int, kd_every: int = 1) -> bool:
@@ -38,6 +38,15 @@ def measured_in(step: int, max_steps: int, every: int, kd_every: int = 1) -> boo
     if every == 0:
         return False
     return first <= step < first + 3 * kd_every or (step + 1 >= every and (step + 1) % every < kd_every)
+
+
+def weight_for(target: float, share: float, weight: float) -> float:
+    """The weight with which a share becomes the target; to three digits, which is more than it is known to.
+
+    With the norms d of detection and k of distillation the share is k / (d + k), so k / d = share / (1 - share), and k is
+    proportional to the weight.
+    """
+    return float(f"{weight * (target / (1 - target)) * ((1 - share) / share):.3g}")
 
 
 class NoticeIdleTerms(TrainerCallback):
@@ -57,8 +66,7 @@ class NoticeIdleTerms(TrainerCallback):
             self.warned = True
             logger.warning(
                 f"Distillation has {share:.2g} of the gradient norm (`gradient_share_kd`): the student learns nothing from "
-                f"the teacher. Raise `kd_weight` (now {args.kd_weight:g}) or the weights of the terms, so that it has 0.1 "
-                "to 0.4 at the start; scripts/tune.py finds the weight."
+                f"the teacher. {self._more(share, args.kd_weight)}"
             )
         elif idle := self._idle(logs):
             self.warned = True
@@ -68,6 +76,14 @@ class NoticeIdleTerms(TrainerCallback):
                 f"{USUAL_TERM_SHARE:g} of it: --method {' '.join(method.name for method in self.methods)} --method_config "
                 f"'{json.dumps(self._heavier(idle, args.method_config))}'"
             )
+
+    def _more(self, share: float, weight: float) -> str:
+        if share == 0:
+            return "No weight can change that: are all terms switched off, or is the student the teacher?"
+        return (
+            f"0.1 to 0.4 at the start are usual: --kd_weight {weight_for(USUAL_SHARE, share, weight):g} (now {weight:g}) would give "
+            f"it about {USUAL_SHARE:g}."
+        )
 
     def _idle(self, logs: Mapping[str, float]) -> dict[str, float]:
         """Share by name, as the log has it, of the terms that are on and hardly do anything."""

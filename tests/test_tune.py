@@ -11,7 +11,8 @@ from test_commands import NAMES, SHAPES, save
 
 from hf_detrkd.commands import tune
 from hf_detrkd.commands.grid import read_grid
-from hf_detrkd.commands.tune import ROUNDS, TOLERANCE, Measured, balanced, by_gradient_share, weight_for
+from hf_detrkd.commands.tune import ROUNDS, TOLERANCE, Measured, balanced, by_gradient_share
+from hf_detrkd.gradient_shares import weight_for
 
 
 def test_weight_by_hand():

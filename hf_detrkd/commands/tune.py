@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
+from ..gradient_shares import USUAL_SHARE, weight_for
 from ..progress import DistillationPrinter, DistillationProgress
 from ..reporting.fairness import METHOD_FIELDS
 from ..reporting.summary import TWIN
@@ -38,7 +39,6 @@ from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid, read_grid
 from .records import versions
 from .setup import write_json
 
-SHARE = 0.3
 ROUNDS = 4
 TOLERANCE = 0.02
 """How near the share must come to the target."""
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="the grid, a YAML file")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of names data/pair/method/seed0")
-    parser.add_argument("--target_share", type=float, help=f"of the gradient norm, between 0 and 1; default: {SHARE}")
+    parser.add_argument(
+        "--target_share", type=float, help=f"of the gradient norm, between 0 and 1; default: {USUAL_SHARE}"
+    )
     parser.add_argument("--search", type=float, nargs="+", default=[], help="shares to try in whole runs")
     parser.add_argument("--balance", action="store_true", help="give all terms gradients of the same norm")
     parser.add_argument("--after", type=int, default=20, help="steps before the measurement")
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"--target_share {arguments.target_share} beside --search {' '.join(map(str, arguments.search))}: a search tries "
             "its own shares. Put it among them, or leave --search out."
         )
-    arguments.target_share = SHARE if arguments.target_share is None else arguments.target_share
+    arguments.target_share = USUAL_SHARE if arguments.target_share is None else arguments.target_share
     for share in (arguments.target_share, *arguments.search):
         if not 0 < share < 1:
             raise ValueError(f"A share of the gradient norm is {share}; it must lie between 0 and 1.")
@@ -140,15 +142,6 @@ def by_gradient_share(
             config = dict(fields.get("method_config") or {})
             fields["method_config"] = config | {"weights": {**config.get("weights", {}), **balanced(seen)}}
         fields["kd_weight"] = weight_for(target, seen.share, fields["kd_weight"])
-
-
-def weight_for(target: float, share: float, weight: float) -> float:
-    """The weight with which a share becomes the target; to three digits, which is more than it is known to.
-
-    With the norms d of detection and k of distillation the share is k / (d + k), so k / d = share / (1 - share), and k is
-    proportional to the weight.
-    """
-    return float(f"{weight * (target / (1 - target)) * ((1 - share) / share):.3g}")
 
 
 def balanced(seen: Measured) -> dict[str, float]:
