@@ -386,6 +386,25 @@ class TestRunner:
         assert states["bccd/small/none/seed3"] == "done" and states["bccd/small/none/seed5"] == "to do"
         assert "to do            shapes/small/heavy/seed5" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        ("method", "message"),
+        [
+            ({"method": "kd_dter"}, "bccd/small/heavy/seed5: `method` is 'kd_dter'.* Did you mean 'kd_detr'"),
+            ({"method": "qskd", "method_config": {"weights": {"l2": 1}}}, "heavy/seed5: `weights` names unknown terms"),
+            ({"method": "qskd", "kd_weight": -1}, "heavy/seed5: `kd_weight` is -1.0; it must be 0 or more"),
+            (
+                {"method": "qskd", "kd_weight": "heavy"},
+                "heavy/seed5: argument --kd_weight.*: invalid float value: 'heavy'",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("option", [[], ["--dry_run"]])
+    def test_values_are_checked_before_anything_runs(self, lab, tmp_path, method, message, option):
+        path = lab.write(methods={"heavy": method})
+        with pytest.raises(ValueError, match=message):
+            compare.main(["--config", str(path), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path), *option])
+        assert not list(tmp_path.glob("runs/**/recipe.yaml"))
+
     def test_jobs_must_be_positive(self, lab):
         with pytest.raises(ValueError, match="`jobs` is 0"):
             Runner(lab.grid(), 0)

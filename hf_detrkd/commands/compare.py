@@ -45,6 +45,7 @@ from .diagnose import diagnose_cells
 from .gate import no_better
 from .grid import LENGTH, TEACHER, Cell, Grid, read_grid
 from .grid_record import continue_record
+from .grid_values import check_values
 from .setup import write_json
 
 POLL_SECONDS = 0.5
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, str]:
     arguments = parser.parse_args(argv)
     grid = read_grid(arguments.config, arguments.runs)
     cells = grid.selected(arguments.only)
+    if not (arguments.summarize_only or arguments.diagnose):
+        check_values(cells)
     if arguments.dry_run:
         for cell in cells:
             print(f"{cell.state():16} {cell.name}" + "".join(f"  [{change}]" for change in cell.changes()))

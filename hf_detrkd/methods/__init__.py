@@ -49,6 +49,16 @@ def build_methods(
     Raises:
         ValueError: unknown method or setting, or a pair that lacks what a method needs.
     """
+    configs = method_configs(names, settings)
+    return [METHODS[name](config, student, teacher) for name, config in zip(names, configs, strict=True)]
+
+
+def method_configs(names: Sequence[str], settings: Mapping[str, Any] | None) -> list[Any]:
+    """The configs of the methods named, by arguments as those of `build_methods`; needs no models.
+
+    Raises:
+        ValueError: unknown method or setting.
+    """
     for name in names:
         if name not in METHODS:
             near = get_close_matches(name, METHODS, n=1)
@@ -63,9 +73,7 @@ def build_methods(
             f"`method_config` has settings for {unknown}, but the methods of this run are {list(names)}; "
             "with several methods it must be a dict by method name."
         )
-    return [
-        METHODS[name](configure(METHODS[name].config_class, settings.get(name)), student, teacher) for name in names
-    ]
+    return [configure(METHODS[name].config_class, settings.get(name)) for name in names]
 
 
 __all__ = [
@@ -98,5 +106,6 @@ __all__ = [
     "build_methods",
     "choose",
     "configure",
+    "method_configs",
     "settled",
 ]
