@@ -29,7 +29,7 @@ MODULES = {
         "data.collator",
     ),
     "Training": ("config", "trainer", "model", "detectors", "labels", "ema", "sharding"),
-    "Models": ("view", "families", "families.base", "students", "backbones"),
+    "Models": ("view", "families", "families.base", "students", "inheritance", "backbones"),
     "Building blocks of methods": (
         "methods.base",
         "methods",
