@@ -29,7 +29,7 @@ MODULES = {
         "data.collator",
     ),
     "Training": ("config", "trainer", "model", "detectors", "labels", "ema", "sharding"),
-    "Models": ("view", "families", "families.base", "students", "backbones"),
+    "Models": ("view", "families", "families.base", "students", "inheritance", "backbones"),
     "Building blocks of methods": (
         "methods.base",
         "methods",
@@ -46,7 +46,7 @@ MODULES = {
         "evaluation.bootstrap",
         "diagnostics",
     ),
-    "After training": ("export", "publishing", "reporting.card", "reporting.report"),
+    "After training": ("export", "publishing", "reporting.card", "reporting.recorded", "reporting.report"),
 }
 """By heading, modules of `hf_detrkd` in the order of the page; `.*`: a folder with all of its files. Of each everything is
 shown that is defined there and begins with no underscore; of `hf_detrkd.data` what the package itself gives."""

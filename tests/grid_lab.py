@@ -10,7 +10,8 @@ import yaml
 
 from hf_detrkd.commands import compare
 from hf_detrkd.commands.compare import Runner
-from hf_detrkd.commands.grid import Grid, read_grid
+from hf_detrkd.commands.grid import Grid
+from hf_detrkd.commands.grid_file import read_grid
 
 GRID = {
     "common": {"max_steps": 10, "learning_rate": 0.001},

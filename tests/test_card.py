@@ -15,7 +15,8 @@ from scenes import processor
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
 from hf_detrkd.methods import METHODS
-from hf_detrkd.reporting.card import class_names, dataset_of, main, write_card
+from hf_detrkd.reporting.card import main, write_card
+from hf_detrkd.reporting.recorded import class_names, dataset_of
 
 
 def metrics(ap: float) -> dict[str, float]:

@@ -26,7 +26,7 @@ from hf_detrkd import DistillationConfig
 from hf_detrkd.commands import compare, distill
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.compare import Runner, write_summary
-from hf_detrkd.commands.grid import read_grid
+from hf_detrkd.commands.grid_file import read_grid
 from hf_detrkd.commands.records import StepClock
 from hf_detrkd.families import FAMILIES
 from hf_detrkd.methods import METHODS, choose, configure

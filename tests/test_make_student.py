@@ -22,7 +22,8 @@ from hf_detrkd.detectors import load_detector
 from hf_detrkd.evaluation.cost import flops, latencies, p95
 from hf_detrkd.families import FAMILIES
 from hf_detrkd.families.architecture import ARCHITECTURES
-from hf_detrkd.students import kept_layers, make_student
+from hf_detrkd.inheritance import kept_layers
+from hf_detrkd.students import make_student
 
 
 def layer(model, prefix: str, index: int) -> dict:

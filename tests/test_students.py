@@ -11,7 +11,8 @@ import zoo
 from transformers import AutoModelForObjectDetection
 
 from hf_detrkd.families.architecture import ARCHITECTURES
-from hf_detrkd.students import from_config, inherit
+from hf_detrkd.inheritance import inherit
+from hf_detrkd.students import from_config
 
 
 @pytest.mark.parametrize(

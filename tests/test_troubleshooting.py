@@ -41,7 +41,7 @@ from hf_detrkd.backbones import load_backbone_weights
 from hf_detrkd.commands import predict, setup
 from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.distill import DistillArguments, prepare
-from hf_detrkd.commands.grid import read_grid
+from hf_detrkd.commands.grid_file import read_grid
 from hf_detrkd.commands.resuming import checkpoint_to_resume, same_settings
 from hf_detrkd.commands.setup import write_json
 from hf_detrkd.data import check_dataset, keep_classes

@@ -10,7 +10,7 @@ from grid_lab import Lab
 from test_commands import NAMES, SHAPES, save
 
 from hf_detrkd.commands import tune
-from hf_detrkd.commands.grid import read_grid
+from hf_detrkd.commands.grid_file import read_grid
 from hf_detrkd.commands.tune import ROUNDS, TOLERANCE, Measured, balanced, by_gradient_share
 from hf_detrkd.gradient_shares import weight_for
 

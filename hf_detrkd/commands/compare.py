@@ -6,7 +6,7 @@
     python scripts/compare.py --config ... --summarize_only             tables and plots of what is done
     python scripts/compare.py --config ... --diagnose "*/seed0"         why these cells gain, or don't
 
-What a grid is: hf_detrkd/commands/grid.py. Every cell is a run of distill.py of its own, in
+What a grid is: hf_detrkd/commands/grid_file.py. Every cell is a run of distill.py of its own, in
 runs/<grid>/<data>/<pair>/<method>/seed<k>/, with its recipe.yaml, log.txt and results.json. Start the command again after
 it was stopped: what is done stays, what was begun goes on from its last checkpoint. Finished cells lose their checkpoints
 and keep the model. The summary goes to docs/results: <grid>.md, .json and .png, and summary.json of all grids there;
@@ -43,7 +43,8 @@ from ..reporting.page import gain_table, markdown
 from ..reporting.summary import TWIN, overview, read_summaries, summarize
 from .diagnose import diagnose_cells
 from .gate import no_better
-from .grid import LENGTH, TEACHER, Cell, Grid, read_grid
+from .grid import LENGTH, TEACHER, Cell, Grid
+from .grid_file import read_grid
 from .grid_record import continue_record
 from .grid_values import check_values
 from .setup import write_json

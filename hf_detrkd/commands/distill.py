@@ -29,13 +29,14 @@ from ..detectors import PLACE, digest, load_detector
 from ..evaluation.cost import environment
 from ..evaluation.detector import evaluate_detector
 from ..families import adapter_for
+from ..inheritance import inherit
 from ..labels import LabelMap
 from ..methods import build_methods, settled
 from ..publishing import finish, open_repository, repository_of
 from ..reporting.live import WriteReport
 from ..reporting.run import TWIN, UNFINISHED
 from ..reporting.writing import Reports
-from ..students import inherit, make_student
+from ..students import make_student
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
 from .gate import finds_nothing, no_better
 from .records import (

@@ -32,7 +32,8 @@ from ..data import (
     split_off_validation,
 )
 from ..data.schema import split_name
-from ..students import PRETRAINED, from_config, order_classes
+from ..inheritance import order_classes
+from ..students import PRETRAINED, from_config
 from .arguments import DataArguments, ModelArguments
 
 PARTS = ("train", "validation", "test")

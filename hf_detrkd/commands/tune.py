@@ -35,7 +35,8 @@ from ..trainer import DistillationTrainer
 from .compare import Runner
 from .diagnose import flags_in
 from .distill import prepare
-from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid, read_grid
+from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid
+from .grid_file import read_grid
 from .records import versions
 from .setup import write_json
 

@@ -18,41 +18,24 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..methods import METHODS
-from .table import COLUMNS, comparison_table, points, text_table
+from .recorded import (
+    MADE,
+    class_names,
+    dataset_of,
+    hub_id,
+    measured,
+    part_measured,
+    setting,
+    settings_rows,
+    student_row,
+)
+from .table import comparison_table, points, text_table
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("object-detection", "vision", "generated_from_trainer", "hf_detrkd")
 INDEXED = {"map": "AP", "map_50": "AP50", "map_75": "AP75"}
 """The metrics of the model-index, and their names."""
 PICTURES = {"curves.png": "Training curves", "sheet.png": "Detections on images of the test split"}
-
-MADE = tuple(
-    f"student_{name}"
-    for name in ("backbone", "backbone_weights", "d_model", "encoder_layers", "decoder_layers", "num_queries")
-)
-"""The settings by which a student is made from its teacher."""
-
-# Row of the settings table: where it comes from. Those that a run doesn't have are left out.
-SETTINGS = {
-    "DistillationConfig": (
-        *("num_train_epochs", "max_steps", "learning_rate", "backbone_lr_factor", "lr_scheduler_type", "warmup_steps"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm"),
-        *(
-            "bf16",
-            "fp16",
-            "ema_decay",
-            "detection_weight",
-            "kd_weight",
-            "kd_warmup_steps",
-            "kd_stop",
-            "kd_decay",
-            "kd_every",
-        ),
-        *("layer_supervision", "seed"),
-    ),
-    "ModelArguments": ("image_size", "do_normalize"),
-    "DistillArguments": ("inherit_from_teacher", *MADE),
-}
 
 
 def model_card(
@@ -83,7 +66,7 @@ def model_card(
         tags=list(dict.fromkeys([*tags, *_list(more_tags)])),
         metrics=["map"],
         **{
-            "base_model": _hub_id(results.get("start")),
+            "base_model": hub_id(results.get("start")),
             "datasets": datasets or None,
             **{key: value for key, value in metadata.items() if value},
         },
@@ -170,31 +153,6 @@ def write_card(
     return output
 
 
-def student_row(results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row of the model the card is for; `finetune` calls it ``model``."""
-    return results["student"] if results.get("student") else results["model"]
-
-
-def part_measured(results: Mapping[str, Any]) -> str:
-    """The part whose metrics the card shows: ``test`` where that was measured, which needs labels, else ``validation``."""
-    return "test" if "map" in (student_row(results).get("test") or {}) else "validation"
-
-
-def measured(results: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
-    """The split whose metrics the card shows, and those of one row."""
-    part = part_measured(results)
-    split = results.get("data", {}).get("test_split", "test") if part == "test" else part
-    metrics = row.get(part) or {}
-    return split, metrics if "map" in metrics else {}
-
-
-def class_names(metrics: Mapping[str, float]) -> list[str]:
-    """The classes, in their order in the metrics."""
-    summary = {key.removeprefix("map_") for key in COLUMNS.values()}  # a class "small" has no AP of its own there
-    names = [key.removeprefix("mar_100_") for key in metrics if key.startswith("mar_100_")]
-    return [name for name in names if name not in summary]
-
-
 def _summary(results: Mapping[str, Any], row: Mapping[str, Any], methods: Sequence[str]) -> str:
     what = f"A {row.get('model_type', 'DETR-like')} object detector of {row['parameters'] / 1e6:.2f} M parameters"
     teacher = results.get("teacher")
@@ -204,7 +162,7 @@ def _summary(results: Mapping[str, Any], row: Mapping[str, Any], methods: Sequen
     ap = f" (AP {points(metrics['map'])})" if metrics else " (its AP was not measured)"
     its = "a teacher"  # passed to the trainer as a model in memory, without a name
     if teacher["name_or_path"]:
-        its = f"the teacher {_code_or_link(teacher['name_or_path'], _hub_id(teacher))}"
+        its = f"the teacher {_code_or_link(teacher['name_or_path'], hub_id(teacher))}"
     revision = f" at revision `{teacher['revision']}`" if teacher.get("revision") else ""
     return (
         f"{what}, distilled with `hf_detrkd` by {' and '.join(f'`{method}`' for method in methods)} from "
@@ -266,7 +224,7 @@ def _data(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     more = " and the teacher's weights wherever name and shape agree" if inherited else ""
     start = results.get("start")
     if start:
-        place = _code_or_link(start["name_or_path"], _hub_id(start))
+        place = _code_or_link(start["name_or_path"], hub_id(start))
         revision = f" at revision `{start['revision']}`" if start.get("revision") else ""
         parts.append(f"Started from {place}{revision}{more}.")
     elif setting(results, "ModelArguments", "config_name"):
@@ -282,21 +240,6 @@ def _data(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     elif row.get("steps"):
         parts.append(f"{row['steps']} steps.")
     return " ".join(parts)
-
-
-def settings_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Name and value of the `SETTINGS` that a run has, and of its augmentation."""
-    rows = []
-    for group, names in SETTINGS.items():
-        for name in names:
-            value = setting(results, group, name)
-            if value is not None and value is not False and not (name == "max_steps" and value < 0):
-                rows.append([name, f"{value:g}" if isinstance(value, float) else str(value)])
-    augmentation = results.get("data", {}).get("augmentation") or {}
-    return [
-        *rows,
-        *([f"augmentation: {name}", str(value)] for name, value in augmentation.items() if value is not None),
-    ]
 
 
 def _method_config(results: Mapping[str, Any]) -> str | None:
@@ -317,31 +260,8 @@ def _images(results: Mapping[str, Any]) -> str:
     return f" ({images[part_measured(results)]} images)" if images else ""
 
 
-def dataset_of(results: Mapping[str, Any]) -> tuple[str, str | None]:
-    """A data set's name, and its id where it is on the Hub."""
-    name = setting(results, "DataArguments", "dataset_name") or "the evaluation data"
-    if results.get("dataset_on_hub"):
-        return name, name
-    if name.partition(":")[0] == "shapes":  # which has its settings behind
-        return "shapes", None
-    return name.replace("\\", "/").rstrip("/").split("/")[-1], None
-
-
-def _hub_id(place: Mapping[str, Any] | None) -> str | None:
-    """A model's id where it came from the Hub, which is where it has a revision."""
-    return place["name_or_path"] if place and place.get("revision") else None
-
-
-def _code_or_link(name: str, hub_id: str | None, kind: str = "") -> str:
-    return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})" if hub_id else f"`{name}`"
-
-
-def setting(results: Mapping[str, Any], group: str, name: str) -> Any:
-    """A flag of the run; None where it has none of that name."""
-    groups = results.get("settings", {})
-    if group == "DistillationConfig" and "FinetuneConfig" in groups:
-        group = "FinetuneConfig"
-    return groups.get(group, {}).get(name)
+def _code_or_link(name: str, on_hub: str | None, kind: str = "") -> str:
+    return f"[{on_hub}](https://huggingface.co/{kind}{on_hub})" if on_hub else f"`{name}`"
 
 
 def _list(value: str | Sequence[str] | None) -> list[str]:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..methods import METHODS
 from ..publishing import upload_command
-from .card import class_names, dataset_of, measured, setting, settings_rows
+from .recorded import class_names, dataset_of, measured, setting, settings_rows
 from .report_charts import curves, schedule, terms
 from .run import TWIN, Run, read_run
 from .table import COLUMNS, comparison_rows, difference, points
