@@ -471,6 +471,22 @@ class TestFairness:
 
 
 class TestSummary:
+    def test_a_method_stands_beside_the_longer_twin_of_its_own_time(self, lab, tmp_path):
+        """And beside the first one where it has none, as has `light`; a longer twin stands beside none."""
+        methods = {**GRID["methods"], "light": {"method": "qskd"}, "longer_light": {"time_of": "logit_kd"}}
+        lab.wish(bccd__small__longer_twin__seed3={"map": 0.11}, bccd__small__longer_light__seed3={"map": 0.16})
+        grid = lab.grid(methods=methods)
+        lab.run(grid, "bccd/*/seed3")
+        write_summary(grid, tmp_path / "docs", {}, say=lambda *_: None)
+        rows = json.loads((tmp_path / "docs" / "grid.json").read_text())["rows"]
+        # 23 each, the longer twins 14 and 19
+        beside = {row["method"]: row.get("delta_longer") for row in rows}
+        assert beside == {"logit_kd": 4.0, "heavy": 9.0, "light": 9.0, "longer_twin": None, "longer_light": None}
+        shutil.rmtree(tmp_path / "runs")  # of the record
+        write_summary(grid, tmp_path / "docs", {}, say=lambda *_: None)
+        rows = json.loads((tmp_path / "docs" / "grid.json").read_text())["rows"]
+        assert {row["method"]: row.get("delta_longer") for row in rows} == beside
+
     def test_interval(self):
         # mean 2, standard deviation 1, 97.5 % quantile of t with 2 degrees of freedom 4.302653
         assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)

@@ -262,7 +262,7 @@ def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=pri
     runs = {(c.data, c.pair, c.method, c.seed): c.read() for c in done if c.method != TEACHER}
     teachers = {(c.data, c.pair, c.seed): c.read() for c in done if c.method == TEACHER}
     file = output / f"{grid.name}.json"
-    summary = summarize(grid.name, grid.split, runs, teachers)
+    summary = summarize(grid.name, grid.split, runs, teachers, grid.time_of)
     if file.is_file():
         summary, verdicts = continue_record(grid, summary, json.loads(file.read_text(encoding="utf-8")))
         recorded = sum(verdict == "done" for verdict in verdicts.values())

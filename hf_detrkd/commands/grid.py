@@ -103,6 +103,11 @@ class Grid:
         found = (c for c in self.cells if (c.data, c.pair, c.method, c.seed) == (data, pair, method, seed))
         return next(found, None)
 
+    @property
+    def time_of(self) -> dict[str, str]:
+        """By name of a longer twin, the method whose time it has."""
+        return {cell.method: cell.time_of for cell in self.cells if cell.time_of}
+
     def teacher_of(self, cell: Cell) -> Cell | None:
         """The measurement of a cell's teacher, of its own seed where the pair has a teacher for each."""
         return self.cell(cell.data, cell.pair, TEACHER, cell.seed) or self.cell(cell.data, cell.pair, TEACHER)

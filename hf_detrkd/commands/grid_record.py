@@ -48,7 +48,7 @@ def continue_record(grid: Grid, here: Mapping[str, Any], recorded: Mapping[str, 
             if reason is None:
                 kept[name] = recorded[place][name]
             verdicts[cell.name] = "done" if reason is None else f"to do; its record is left out: {reason}"
-    return {**here, "rows": gain_rows(runs, pairs), "pairs": pairs, "runs": runs}, verdicts
+    return {**here, "rows": gain_rows(runs, pairs, grid.time_of), "pairs": pairs, "runs": runs}, verdicts
 
 
 def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | None:

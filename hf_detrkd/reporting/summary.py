@@ -55,6 +55,7 @@ def summarize(
     split: str,
     runs: Mapping[tuple[str, str, str, int], Result],
     teachers: Mapping[tuple[str, str, int | None], Result],
+    time_of: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """All that is reported of a grid.
 
@@ -63,6 +64,7 @@ def summarize(
         split: what the runs call ``test``: the test split, or the validation split in grids that choose settings.
         runs: by (data, pair, method, seed); those that are done.
         teachers: by (data, pair, seed), with None for the seed where all seeds have the same.
+        time_of: as in `gain_rows`.
 
     Returns:
         ``rows`` of `gain_rows`; ``pairs`` (`pair_name`) and ``runs`` with what they are made of, a run with
@@ -74,21 +76,24 @@ def summarize(
         pair, method, seed = name.rsplit("/", 2)
         if method != TWIN:  # the same twin may later be timed elsewhere, on a slower machine
             run["twin_step_seconds"] = recorded.get(f"{pair}/{TWIN}/{seed}", {}).get("step_seconds")
-    return {"grid": grid, "split": split, "rows": gain_rows(recorded, pairs), "pairs": pairs, "runs": recorded}
+    return {"grid": grid, "split": split, "rows": gain_rows(recorded, pairs, time_of), "pairs": pairs, "runs": recorded}
 
 
-def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list[dict[str, Any]]:
+def gain_rows(
+    runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping], time_of: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Every method beside its twin, from what `summarize` recorded of the runs.
 
     Args:
         runs: by "data/pair/method/seed0".
         pairs: by `pair_name`.
+        time_of: by name of a longer twin, the method whose time it has.
 
     Returns:
         `ROW` and, for each, ``delta_min``, ``delta_max`` and ``deltas`` over the seeds, ``delta_validation`` (the mean gain on
         the validation split), ``gap_closed`` (% of teacher - twin), ``metrics`` (means), ``gains`` (means, for every metric,
         size and class), ``kd_share`` (of the gradient norm), ``peak_memory_MiB``; where the pair has a longer twin,
-        ``delta_longer`` with its interval and seeds: the same beside that one.
+        ``delta_longer`` with its interval and seeds: the same beside the one that has the method's time, or else the first.
     """
     cells: dict[tuple[str, str], dict[int, Mapping]] = {}
     for name, run in runs.items():
@@ -101,24 +106,30 @@ def gain_rows(runs: Mapping[str, Mapping], pairs: Mapping[str, Mapping]) -> list
         both = {seed: (student, twins[seed]) for seed, student in students.items() if seed in twins and teachers[seed]}
         if method != TWIN and both:
             taught = statistics.mean(teachers[seed]["teacher"]["metrics"]["map"] for seed in both)
-            rows.append(_row(pair, method, both, taught) | _over_longer_twin(students, _longer_twin(cells, pair)))
+            longer = _longer_twin(cells, pair, method, time_of or {})
+            rows.append(_row(pair, method, both, taught) | _over_longer_twin(students, longer))
     return rows
 
 
-def _longer_twin(cells: Mapping[tuple[str, str], Mapping[int, Mapping]], pair: str) -> Mapping[int, Mapping]:
-    """By seed, the runs of a pair that had no teacher either and aren't the twins: the first such method's; empty where there is
-    none."""
-    longer = (
-        runs
-        for (of, method), runs in cells.items()
-        if of == pair and method != TWIN and all(run["method"] == TWIN for run in runs.values())
-    )
-    return next(longer, {})
+def _longer_twin(
+    cells: Mapping[tuple[str, str], Mapping[int, Mapping]], pair: str, method: str, time_of: Mapping[str, str]
+) -> Mapping[int, Mapping]:
+    """By seed, the runs of a pair that had no teacher either and aren't the twins: those with the time of the method, or else the
+    first; empty where there are none, and of a longer twin itself."""
+    longer = {
+        name: runs
+        for (of, name), runs in cells.items()
+        if of == pair and name != TWIN and all(run["method"] == TWIN for run in runs.values())
+    }
+    if method in longer:
+        return {}
+    own = (runs for name, runs in longer.items() if time_of.get(name) == method)
+    return next(own, next(iter(longer.values()), {}))
 
 
 def _over_longer_twin(students: Mapping[int, Mapping], longer: Mapping[int, Mapping]) -> dict[str, Any]:
     seeds = [seed for seed in students if seed in longer]
-    if not seeds or students is longer:
+    if not seeds:
         return {}
     deltas = [100 * (students[seed]["test"]["map"] - longer[seed]["test"]["map"]) for seed in seeds]
     low, high = interval(deltas)
