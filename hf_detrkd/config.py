@@ -72,8 +72,8 @@ class DistillationConfig(TrainingArguments):
     kd_every: int = field(
         default=1,
         metadata={
-            "help": "Teach in every so-manieth step only, with as many times the weight: 2 takes half of the time that "
-            "distillation costs."
+            "help": "Teach in every so-manieth step only, with as many times the weight: 2 takes about half of the time "
+            "that distillation costs."
         },
     )
     layer_supervision: bool = field(

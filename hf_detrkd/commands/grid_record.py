@@ -57,8 +57,8 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
     if was is None:
         return "there is none of its teacher"
     defaults = {name: getattr(DistillationConfig, name) for name in METHOD_FIELDS - {"method"}}
-    shared = {name: value for group in was["settings"].values() for name, value in group.items()}
-    shared = {**defaults, **shared}  # those of earlier versions lack what came since
+    # Runs of earlier versions lack what came since
+    shared = {**defaults, **{name: value for group in was["settings"].values() for name, value in group.items()}}
     ran = shared if cell.method == TEACHER else {**shared, **recorded["runs"][cell.name]}
     free = OF_THE_HARNESS | HARMLESS | (METHOD_FIELDS if cell.method == TEACHER else set())
     free |= {"max_steps"} if cell.time_of else set()
