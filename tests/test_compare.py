@@ -115,6 +115,16 @@ class TestGrid:
         teacher = grid.cell("shapes", "small", "teacher").recipe
         assert teacher["only_teacher"] and teacher["learning_rate"] == 0.5
 
+    def test_a_seed_of_a_cell_can_be_skipped(self, lab):
+        """Where one pair or method has more seeds than the others; a teacher of its own for a seed goes with it."""
+        pairs = {"small": {"teacher": "t"}, "drawn": {"teacher": "runs/seed{seed}"}}
+        methods = {"logit_kd": {}, "heavy": {"method": "kd_detr"}}
+        skip = ["bccd/drawn/*/seed5", "*/small/heavy/seed3"]
+        names = {cell.name for cell in lab.grid(data={"bccd": {}}, pairs=pairs, methods=methods, skip=skip).cells}
+        small = {f"bccd/small/{method}/seed{seed}" for method in ("none", "logit_kd") for seed in (3, 5)}
+        drawn = {f"bccd/drawn/{method}/seed3" for method in ("teacher", "none", "logit_kd", "heavy")}
+        assert names == small | drawn | {"bccd/small/teacher", "bccd/small/heavy/seed5"}
+
     def test_overrides_can_be_a_file(self, lab, tmp_path):
         (tmp_path / "tuned.yaml").write_text("'bccd/small/heavy': {kd_weight: 7}")
         assert (
@@ -187,6 +197,12 @@ class TestGrid:
                 "`skip` leaves out none of bccd/small and not logit_kd, which needs it: skip both or none",
             ),
             ({"skip": ["*/heavy"]}, "`skip` leaves out heavy of bccd/small and not longer_twin, which needs it"),
+            ({"skip": ["*/none/seed5"]}, "`skip` leaves out none of bccd/small and not logit_kd, which needs it"),
+            (
+                {"skip": ["bccd/small/heavy/seed4"]},
+                r"\['bccd/small/heavy/seed4'\] in `skip` or `overrides` fit no cell",
+            ),
+            ({"overrides": {"bccd/small/heavy/seed3": {"kd_weight": 4}}}, r"\['bccd/small/heavy/seed3'\] in `skip` or"),
         ],
     )
     def test_refuses(self, lab, sections, message):
@@ -564,14 +580,15 @@ class TestSummary:
     def test_a_method_looks_alike_in_every_panel(self):
         """One pair lacks a method, and there are more methods than colours."""
         names = [f"method{number}" for number in range(8)]
-        rows = [{"method": name} for name in (*names[3:], "longer_twin", *names)]
+        longer = ["longer_twin", "longer_twin_half"]
+        rows = [{"method": name} for name in (*names[3:], *longer, *names)]
         runs = {f"bccd/small/{name}/seed0": {"method": name} for name in names}
-        runs["bccd/small/longer_twin/seed0"] = {"method": "none"}
+        runs |= {f"bccd/small/{name}/seed0": {"method": "none"} for name in longer}
         styles = line_styles({"rows": rows, "runs": runs})
         looks = [(style["color"], style["linestyle"]) for style in styles.values()]
-        assert list(styles) == ["none", *names[3:], "longer_twin", *names[:3]] and len(set(looks)) == len(looks)
+        assert list(styles) == ["none", *names[3:], *longer, *names[:3]] and len(set(looks)) == len(looks)
         black = {name for name, style in styles.items() if style["color"] == "#000000"}
-        assert black == {"none", "longer_twin"}
+        assert black == {"none", *longer}
 
     def test_a_panel_compares_runs_of_the_same_seeds(self):
         seeds = {"none": [0, 1, 2], "often": [1, 0], "too": [0, 1], "once": [2]}

@@ -14,7 +14,7 @@ methods:                   # by name, the fields of a method; the twin `none` is
 seeds: [0, 1, 2]
 overrides:                 # by pattern of data/pair/method, more flags; a mapping or the file that tune.py wrote
   "bccd/rt_detr/kd_detr": {kd_weight: 2}
-skip: ["*/detr/heavy"]     # patterns of cells that aren't run
+skip: ["*/detr/heavy", "*/drawn/*/seed2"]   # patterns of data/pair/method that aren't run, or of single seeds
 split: test                # what is reported; `validation` for grids that choose settings: these never see test
 """
 
@@ -66,7 +66,9 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
     _check_sections(path, {**content, "overrides": overrides})
     methods = {TWIN: {}} | {name: dict(fields or {}) for name, fields in content["methods"].items()}
     names = [f"{data}/{pair}/{method}" for data in content["data"] for pair in content["pairs"] for method in methods]
-    idle = [pattern for pattern in (*skip, *overrides) if not any(fnmatchcase(name, pattern) for name in names)]
+    seeded = [f"{name}/seed{seed}" for name in names for seed in content["seeds"]]
+    idle = [pattern for pattern in overrides if not any(fnmatchcase(name, pattern) for name in names)]
+    idle += [pattern for pattern in skip if not any(_skips(pattern, name) for name in seeded)]
     if idle:
         raise ValueError(f"{path}: {idle} in `skip` or `overrides` fit no cell; cells are {', '.join(names)}.")
     distilled = [name for name, fields in methods.items() if name != TWIN and "time_of" not in fields]
@@ -93,7 +95,7 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
                 group = [
                     _cell(folder, base, overrides, data, pair, method, seed, split, fields)
                     for method, fields in methods.items()
-                    if not any(fnmatchcase(f"{data}/{pair}/{method}", pattern) for pattern in skip)
+                    if not any(_skips(pattern, f"{data}/{pair}/{method}/seed{seed}") for pattern in skip)
                 ]
                 _check_whole(path, group)
                 _check_alike(path, group)
@@ -132,6 +134,12 @@ def _read_overrides(grid: Path, path: Path, to_be_tuned: bool) -> dict[str, Any]
         f"{grid}: `overrides` names {path}, which is not there. Write it first: "
         f"python scripts/tune.py --config {grid} --output {path}"
     )
+
+
+def _skips(pattern: str, name: str) -> bool:
+    """Whether a pattern fits data/pair/method/seed0, or all seeds of it where its last part is no seed."""
+    of_seeds = pattern.rpartition("/")[2].startswith("seed")
+    return fnmatchcase(name if of_seeds else name.rpartition("/")[0], pattern)
 
 
 def _named(flags: Mapping[str, Any], data: str, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
     """Writes a PNG: for every panel of `compared_runs` AP on the validation split against steps and against the time that
     they take."""
     panels, styles = compared_runs(summary), line_styles(summary)
-    figure = Figure(figsize=(10, 3.6 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(12, 3.6 * len(panels)), layout="constrained")
     for (by_step, by_time), (name, methods) in zip(
         figure.subplots(len(panels), 2, squeeze=False), panels.items(), strict=True
     ):
@@ -56,7 +57,9 @@ def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
             _lines(by_step, by_time, runs, seconds, "twin" if method == TWIN else method, styles[method])
         by_step.set(title=f"{name}: AP, validation", xlabel="optimisation step")
         by_time.set(title="the same", xlabel="minutes of training steps")
-        by_step.legend(fontsize="small")
+        handles, labels = by_step.get_legend_handles_labels()
+        # Outside: it has as many lines as the pair has methods.
+        by_time.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, fontsize="small")
         for axes in (by_step, by_time):
             axes.grid(alpha=0.3)
             axes.set_ylim(bottom=0)
@@ -118,10 +121,10 @@ def line_styles(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """How each method's line looks, in every panel alike; what is trained without a teacher is black and broken."""
     alone = {name.split("/")[2] for name, run in summary["runs"].items() if run["method"] == TWIN}
     colors = [color for color in PALETTE if color != BLACK]
-    styles = {TWIN: {"color": BLACK, "linestyle": "--"}}
+    styles, longer = {TWIN: {"color": BLACK, "linestyle": "--"}}, itertools.cycle((":", "-."))
     for method in dict.fromkeys(row["method"] for row in summary["rows"]):
         if method in alone:
-            styles[method] = {"color": BLACK, "linestyle": ":"}
+            styles[method] = {"color": BLACK, "linestyle": next(longer)}
         else:
             turn, color = divmod(sum(style["color"] != BLACK for style in styles.values()), len(colors))
             styles[method] = {"color": colors[color], "linestyle": STYLES[turn % len(STYLES)], "linewidth": 1.4}
