@@ -51,7 +51,7 @@ def streamed_labels(trainer: DistillationTrainer, number: int) -> list:
     return gather_object([[label[name].tolist() for name in ("image_id", "class_labels", "boxes")] for label in labels])
 
 
-def build(folder: str, method: str, student: str, teacher: str, batch: int) -> DistillationTrainer:
+def build(folder: str, method: str, student: str, teacher: str, batch: int, every: int = 1) -> DistillationTrainer:
     """The trainer of every process."""
     student, teacher = zoo.build(student), zoo.build(teacher, seed=3)
     return DistillationTrainer(
@@ -60,6 +60,7 @@ def build(folder: str, method: str, student: str, teacher: str, batch: int) -> D
         args=DistillationConfig(
             output_dir=folder,
             method=method,
+            kd_every=every,
             method_config={"general_points": 4} if method == "kd_detr" else None,
             per_device_train_batch_size=batch,
             per_device_eval_batch_size=2,
@@ -85,9 +86,9 @@ def build(folder: str, method: str, student: str, teacher: str, batch: int) -> D
     )
 
 
-def main(folder: str, method: str, student: str, teacher: str, batch: str) -> None:
+def main(folder: str, method: str, student: str, teacher: str, batch: str, every: str) -> None:
     torch.set_num_threads(1)
-    trainer = build(folder, method, student, teacher, int(batch))
+    trainer = build(folder, method, student, teacher, int(batch), int(every))
     evaluations = [trainer.evaluate()]
     trainer.train()
     evaluations += [trainer.evaluate(), trainer.evaluate(Scenes(5, seed=2))]

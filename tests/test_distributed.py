@@ -15,20 +15,34 @@ from launching import finish, torchrun
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-def run(folder, processes: int, method: str, student: str, teacher: str, batch: int) -> tuple[dict, dict]:
-    arguments = [str(WORKER), str(folder), method, student, teacher, str(batch)]
+def run(
+    folder, processes: int, method: str, student: str, teacher: str, batch: int, every: int = 1
+) -> tuple[dict, dict]:
+    arguments = [str(WORKER), str(folder), method, student, teacher, str(batch), str(every)]
     finish(torchrun(processes, *arguments) if processes > 1 else [sys.executable, *arguments])
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
 
 
 # Families whose own loss is that of one large batch; docs/scaling.md has the others
 @pytest.mark.parametrize(
-    ("method", "student", "teacher"),
-    [("kd_detr", "conditional_detr", "deformable_detr_refine"), ("logit_kd", "dab-detr", "detr")],
+    ("method", "student", "teacher", "every"),
+    [
+        ("kd_detr", "conditional_detr", "deformable_detr_refine", 1),
+        ("logit_kd", "dab-detr", "detr", 1),
+        (
+            "features",
+            "conditional_detr",
+            "deformable_detr_refine",
+            2,
+        ),  # projectors that a step in two leaves without a gradient
+    ],
 )
-def test_two_processes_train_and_evaluate_as_one(tmp_path, method, student, teacher):
-    one, one_weights = run(tmp_path / "one", 1, method, student, teacher, batch=4)
-    two, two_weights = run(tmp_path / "two", 2, method, student, teacher, batch=2)
+def test_two_processes_train_and_evaluate_as_one(tmp_path, method, student, teacher, every):
+    one, one_weights = run(tmp_path / "one", 1, method, student, teacher, batch=4, every=every)
+    two, two_weights = run(tmp_path / "two", 2, method, student, teacher, batch=2, every=every)
+    taught = [step % every == 0 for step in range(3)]
+    for logs in (one["logs"], two["logs"]):
+        assert [any(name.startswith("kd_") and name != "kd_scale" for name in log) for log in logs] == taught
     for folder in ("one", "two"):  # drawn by process zero alone, of models that all processes hold
         assert [file.name for file in (tmp_path / folder / "sheets").iterdir()] == ["step_2.png"]
     numbers = [7, 7, 5]  # of images, on the first evaluation and on later ones; none of them even
@@ -41,6 +55,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, method, student, teac
     assert [image_id for (image_id,), *_ in one["streamed"]] == list(range(12))
     assert one_weights.keys() == two_weights.keys()
     start = zoo.build(student).state_dict()
+    assert (one_weights.keys() > start.keys()) == (method != "logit_kd")  # the others have projectors
     moved = max((one_weights[name] - value).abs().max() for name, value in start.items())
     assert moved > 1e-3  # a hundred times what may differ
     for name, value in one_weights.items():
