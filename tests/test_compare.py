@@ -125,6 +125,10 @@ class TestGrid:
         drawn = {f"bccd/drawn/{method}/seed3" for method in ("teacher", "none", "logit_kd", "heavy")}
         assert names == small | drawn | {"bccd/small/teacher", "bccd/small/heavy/seed5"}
 
+    def test_a_pair_with_skipped_seeds_runs(self, lab):
+        grid = lab.grid(data={"bccd": {}}, skip=["bccd/small/*/seed5"])
+        assert set(lab.run(grid).values()) == {"done"}
+
     def test_overrides_can_be_a_file(self, lab, tmp_path):
         (tmp_path / "tuned.yaml").write_text("'bccd/small/heavy': {kd_weight: 7}")
         assert (

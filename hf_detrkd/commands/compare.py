@@ -173,7 +173,9 @@ class Runner:
             except ValueError as error:
                 return str(error)
         teacher = self.grid.teacher_of(cell).read()["teacher"]["validation"]["map"]
-        twins = [self.grid.cell(cell.data, cell.pair, TWIN, seed) for seed in self.grid.seeds]
+        twins = [
+            twin for twin in self.grid.cells if (twin.data, twin.pair, twin.method) == (cell.data, cell.pair, TWIN)
+        ]
         twin = statistics.mean(twin.read()["student"]["validation"]["map"] for twin in twins if twin.state() == "done")
         return no_better(teacher, twin)
 
