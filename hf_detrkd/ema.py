@@ -16,7 +16,7 @@ class ExponentialMovingAverage:
     short runs are not dominated by the initial weights (tf.train.ExponentialMovingAverage, ``num_updates``).
 
     Args:
-        model: the model averaged; a weak partner: the average holds its tensors, not the module tree.
+        model: the model averaged.
         decay: in (0, 1).
     """
 

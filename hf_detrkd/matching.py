@@ -19,7 +19,7 @@ from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from .losses.boxes import generalized_iou
 from .losses.logits import as_kind
-from .view import Classification, DetrView
+from .view import Classification, DetrView, take
 
 Pairs = tuple[Tensor, Tensor]
 """(query index, target index) of one image, int64 on the CPU, in the order of the queries."""
@@ -38,11 +38,11 @@ class Match:
 
     def student(self, values: Tensor) -> Tensor:
         """``values`` (B, Q, ...) of the student at the pairs, (B, M, ...)."""
-        return _take(values, self.student_index)
+        return take(values, self.student_index)
 
     def teacher(self, values: Tensor) -> Tensor:
         """``values`` (B, Q or N, ...) of the teacher at the pairs, (B, M, ...)."""
-        return _take(values, self.teacher_index)
+        return take(values, self.teacher_index)
 
 
 def identity_match(batch: int, queries: int, device: torch.device | str | None = None) -> Match:
@@ -211,11 +211,6 @@ def ground_truth_matches(view: DetrView, targets: Sequence[Mapping[str, Tensor]]
     """
     matcher = GroundTruthMatcher(**view.adapter.matching_costs, classification=view.classification)
     return matcher(view.logits, view.boxes, targets)
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    trailing = values.shape[2:]
-    return values.gather(1, index.view(*index.shape, *(1 for _ in trailing)).expand(*index.shape, *trailing))
 
 
 def _box_cost(costs: HungarianMatcher | GroundTruthMatcher, a: Tensor, b: Tensor) -> Tensor:

@@ -231,6 +231,14 @@ def repository_of(args: DistillationConfig) -> str:
     return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
+def open_for(args: DistillationConfig, *, token: str | None = None, private: bool | None = None) -> str:
+    """`open_repository` for a run, as its settings say; ``token`` and ``private`` go before them."""
+    private = args.hub_private_repo if private is None else private
+    return open_repository(
+        repository_of(args), token=token or args.hub_token, private=private, revision=args.hub_revision
+    )
+
+
 def push_metric(repo_id: str, *, token: str | None = None, private: bool | None = None) -> CommitInfo:
     """Push the COCO metric as a Space, from where ``evaluate.load(repo_id)`` loads it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import Trainer
 
-from .publishing import open_repository, push_folder, repository_of
+from .publishing import open_for, push_folder, repository_of
 
 
 class PublishingTrainer(Trainer):
@@ -13,10 +13,7 @@ class PublishingTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As Trainer's, with an error that says what to do; a repository of another kind of model is refused."""
         if self.is_world_process_zero():
-            token, private = token or self.args.hub_token, self.args.hub_private_repo if private is None else private
-            self.hub_model_id = open_repository(
-                repository_of(self.args), token=token, private=private, revision=self.args.hub_revision
-            )
+            self.hub_model_id = open_for(self.args, token=token, private=private)
             self.push_in_progress = None
 
     def push_to_hub(

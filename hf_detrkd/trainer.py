@@ -63,7 +63,6 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         ValueError: at construction, where the pair, the labels or the settings can't work.
     """
 
-    _tag_names = ("object-detection", "vision", "knowledge-distillation", "hf_detrkd")
     loss_is_scaled_for_ga = False  # our loss is a mean over its batch
 
     def __init__(

@@ -59,12 +59,7 @@ class Queries:
 
     def select(self, index: Tensor) -> Queries:
         """The queries at ``index`` (B, k), image by image."""
-
-        def take(value: Tensor) -> Tensor:
-            trailing = value.shape[2:]
-            return value.gather(1, index.view(*index.shape, *(1 for _ in trailing)).expand(*index.shape, *trailing))
-
-        return self._map(take)
+        return self._map(lambda value: take(value, index))
 
     def _map(self, function) -> Queries:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -183,3 +178,8 @@ class DetrView:
     def queries_from_boxes(self, boxes: Tensor, labels: Tensor | None = None) -> Queries:
         """Queries that this model's decoder understands, placed on ``boxes`` (B, k, 4); ``labels`` (B, k) or None."""
         return self.adapter.queries_from_boxes(self, boxes, labels)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """(B, k, ...) of (B, Q, ...) the rows at ``index`` (B, k), image by image."""
+    return values.take_along_dim(index.view(*index.shape, *(1 for _ in values.shape[2:])), 1)

@@ -532,8 +532,11 @@ def test_settings_that_are_refused(settings, message):
 
 
 def test_what_is_refused_at_construction(models):
-    for settings in (only(), {**only("adaptive_class"), "control": True}):
-        with pytest.raises(ValueError, match="all `weights` of d3etr are 0"):
+    for settings, message in (
+        (only(), "all `weights` of d3etr are 0"),
+        ({**only("adaptive_class"), "control": True}, "all `weights` of d3etr's group are 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
             build(models["detr"], models["detr"], **settings)
     teacher = adapter_for(models["detr"])
 

@@ -323,7 +323,7 @@ def test_ten_steps_lower_it():
     [
         ("rt_detr", "d_fine", None, r"distributions of box edges, but the student, rt_detr, predicts boxes as four"),
         ("d_fine", "detr", None, r"but the teacher, detr, predicts boxes as four.*Take D-FINE or DEIMv2"),
-        ("d_fine", "d_fine", {"weights": {"ld": 0}}, "the weight `ld` is 0"),
+        ("d_fine", "d_fine", {"weights": {"ld": 0}}, "all `weights` of ld are 0"),
         ("d_fine", "d_fine", {"form": "focal"}, "`form` of LDConfig is 'focal'; allowed are 'ld', 'go_lsd'"),
         ("d_fine", "d_fine", {"temperature": 0.0}, "`temperature` is 0.0; it must be above 0"),
     ],

@@ -587,10 +587,14 @@ def test_settings_that_are_refused(names, settings, message):
         build_methods(names, settings, *adapters())
 
 
-def test_all_weights_zero_is_refused():
-    weights = dict.fromkeys(configure(METHODS["kd_detr"].config_class, None).weights, 0)
-    with pytest.raises(ValueError, match=r"all `weights` of kd_detr are 0.*Use method none"):
-        build_methods(["kd_detr"], {"weights": weights}, *adapters())
+@pytest.mark.parametrize("name", METHODS)
+def test_all_weights_zero_is_refused(name):
+    weights = dict.fromkeys(configure(METHODS[name].config_class, None).weights, 0)
+    family = next(iter(sorted(FAMILIES_OF.get(name, {"detr"}) & {*zoo.NAMES})), None)
+    if family is None:
+        pytest.skip("not for these families")
+    with pytest.raises(ValueError, match=rf"all `weights` of {name} are 0.*Use method none"):
+        build_methods([name], {"weights": weights}, *adapters(family, family))
 
 
 def test_a_pair_that_lacks_what_a_method_needs():
@@ -599,12 +603,13 @@ def test_a_pair_that_lacks_what_a_method_needs():
         needs_teacher = frozenset({"queries_from_boxes", "replay"})
 
     student, teacher = adapters()
+    config = configure(METHODS["logit_kd"].config_class, None)
     message = (
         r"method `needy` needs queries_from_boxes from the teacher, which `detr` doesn't provide \(it provides .*replay"
     )
     with pytest.raises(ValueError, match=message):
-        Needy(None, student, teacher)
-    Needy(None, student, adapter_for(build("dab-detr")))
+        Needy(config, student, teacher)
+    Needy(config, student, adapter_for(build("dab-detr")))
 
 
 def test_configure_merges_weights():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from packaging.version import Version
 
 from hf_detrkd.families import adapter_for
 from hf_detrkd.losses.detection import task_loss
-from hf_detrkd.matching import Match
 
 GROUPS = [name for name in zoo.NAMES if name in ("lw_detr", "rf_detr")]
 SINGLE = [name for name in zoo.NAMES if name not in GROUPS]
@@ -31,10 +30,10 @@ def plain(model, batch, seed=0):
 
 def run(model, batch, per_layer, seed=0):
     adapter = adapter_for(model)
-    with task_loss(adapter, per_layer=per_layer) as task:
+    with task_loss(adapter, per_layer=per_layer):
         torch.manual_seed(seed)
         output, view = adapter.forward(batch)
-    return output, view, task
+    return output, view
 
 
 def gradients(model, loss):
@@ -55,7 +54,7 @@ def assert_same_loss(output, expected):
 def test_is_transformers_loss_to_the_bit(name, targets):
     model, batch = zoo.build(name).train(), zoo.batch(targets=targets)
     expected = plain(model, batch)
-    output, _, _ = run(model, batch, per_layer=False)
+    output, _ = run(model, batch, per_layer=False)
     assert_same_loss(output, expected)
     expected_gradients, found = gradients(model, expected.loss), gradients(model, output.loss)
     assert found.keys() == expected_gradients.keys()
@@ -65,7 +64,7 @@ def test_is_transformers_loss_to_the_bit(name, targets):
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_is_transformers_loss_in_evaluation(name):
     model, batch = zoo.build(name), zoo.batch()
-    output, _, _ = run(model, batch, per_layer=False)
+    output, _ = run(model, batch, per_layer=False)
     assert_same_loss(output, plain(model, batch))
 
 
@@ -93,11 +92,10 @@ def test_is_transformers_loss_at_full_size(name):
         return model.loss_function(logits[-1], targets, model.device, coordinates[-1], model.config, *layers, **encoder)
 
     expected, expected_terms, _ = call()
-    with task_loss(adapter, per_layer=False) as task:
+    with task_loss(adapter, per_layer=False):
         found, terms, _ = call()
     assert torch.equal(found, expected)
     assert all(torch.equal(terms[key], expected_terms[key]) for key in expected_terms)
-    assert len(task.matching) == 6
 
 
 @pytest.mark.parametrize("name", OFF)
@@ -106,9 +104,8 @@ def test_transformers_per_layer_loss_to_the_bit(name):
     model, batch = zoo.build(name, auxiliary_loss=True, decoder_layers=5).train(), zoo.batch()
     expected = plain(model, batch)
     for per_layer in (False, True):
-        output, _, task = run(model, batch, per_layer)
+        output, _ = run(model, batch, per_layer)
         assert_same_loss(output, expected)
-        assert len(task.matching) == 5
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -116,7 +113,7 @@ def test_transformers_per_layer_loss_to_the_bit(name):
 def test_per_layer_supervision(name, targets):
     model, batch = zoo.build(name).train(), zoo.batch(targets=targets, pad=True)
     expected = plain(model, batch)
-    output, view, task = run(model, batch, per_layer=True)
+    output, view = run(model, batch, per_layer=True)
     assert torch.equal(output.logits, expected.logits)
     assert torch.equal(output.pred_boxes, expected.pred_boxes)
     for term, value in expected.loss_dict.items():
@@ -131,14 +128,13 @@ def test_per_layer_supervision(name, targets):
         total = total + loss.detach()
     torch.testing.assert_close(output.loss.detach(), total)
     assert len(output.loss_dict) == zoo.LAYERS * len(expected.loss_dict)
-    assert len(task.matching) == zoo.LAYERS
     assert model.config.auxiliary_loss is False
 
 
 @pytest.mark.parametrize("name", OFF)
 def test_per_layer_supervision_reaches_the_first_layer_directly(name):
     model, batch = zoo.build(name).train(), zoo.batch()
-    output, _, _ = run(model, batch, per_layer=True)
+    output, _ = run(model, batch, per_layer=True)
     output.loss_dict["loss_bbox_0"].backward()
     moved = [
         any(p.grad is not None and p.grad.any() for p in layer.parameters())
@@ -155,75 +151,17 @@ def test_per_layer_is_the_flag_where_the_flag_is_harmless(name, train):
     with_flag = zoo.build(name, auxiliary_loss=True).train(train)
     expected = plain(with_flag, batch)
     without = zoo.build(name, auxiliary_loss=False).train(train)
-    output, _, _ = run(without, batch, per_layer=True)
+    output, _ = run(without, batch, per_layer=True)
     assert list(output.loss_dict) == list(expected.loss_dict)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dict(output.loss_dict), dict(expected.loss_dict), rtol=1e-5, atol=1e-5)
-
-
-def transformers_matching(model, view, layer, targets):
-    """What the matcher that transformers' loss builds gives for one layer of a view."""
-    found = []
-
-    def keep(module, inputs, output):
-        if type(module).__name__.endswith("HungarianMatcher"):
-            found.append(output)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(keep)
-    config = SimpleNamespace(
-        **{**model.config.to_dict(), "num_labels": model.config.num_labels, "auxiliary_loss": False}
-    )
-    try:
-        model.loss_function(view.logits[layer], targets, model.device, view.boxes[layer].clamp(0, 1), config)
-    finally:
-        hook.remove()
-    return found[0]
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("targets", [(3, 2), (0, 4)])
-@pytest.mark.parametrize("name", SINGLE)
-def test_the_matching_is_kept(name, targets, train):
-    if train and MATCHES_DENOISING and name in DENOISING:
-        pytest.skip("this transformers matches the denoising queries too")
-    model, batch = zoo.build(name).train(train), zoo.batch(targets=targets)
-    _, view, task = run(model, batch, per_layer=True)
-    assert len(task.matching) == (1 if name in ("d_fine", "deimv2", "yolos") else zoo.LAYERS)
-    for match, layer in zip(reversed(task.matching), reversed(range(len(view.logits))), strict=False):
-        expected = transformers_matching(model, view, layer, batch["labels"])
-        for image, (queries, target) in enumerate(expected):
-            real = match.weight[image] > 0
-            assert match.student_index[image, real].tolist() == queries.tolist()
-            assert match.teacher_index[image, real].tolist() == target.tolist()
-
-
-@pytest.mark.parametrize("name", OFF)
-def test_the_matching_of_the_last_layer_alone(name):
-    model, batch = zoo.build(name).train(), zoo.batch()
-    _, _, alone = run(model, batch, per_layer=False)
-    _, _, every = run(model, batch, per_layer=True)
-    (match,) = alone.matching
-    assert isinstance(match, Match)
-    assert torch.equal(match.student_index, every.matching[-1].student_index)
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_group_detr_gives_no_matching(name):
-    _, _, task = run(zoo.build(name).train(), zoo.batch(), per_layer=True)
-    assert task.matching is None
-
-
-def test_no_labels_no_matching():
-    output, _, task = run(zoo.build("detr"), zoo.batch(labels=False), per_layer=True)
-    assert output.loss is None
-    assert task.matching is None
 
 
 @pytest.mark.parametrize("name", ["detr", "deformable_detr", "rt_detr"])
 def test_more_targets_than_queries(name):
     model, batch = zoo.build(name), zoo.batch(targets=(zoo.QUERIES + 3, 1))
     expected = plain(model, batch)
-    output, _, _ = run(model, batch, per_layer=False)
+    output, _ = run(model, batch, per_layer=False)
     assert_same_loss(output, expected)
 
 
@@ -231,7 +169,7 @@ def test_more_targets_than_queries(name):
 def test_autocast_is_finite(name):
     model, batch = zoo.build(name).train(), zoo.batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _, _ = run(model, batch, per_layer=True)
+        output, _ = run(model, batch, per_layer=True)
     output.loss.backward()
     assert output.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,7 @@ class StudentArguments:
 
     def keywords(self) -> dict[str, str | int]:
         """Those that are set, as `make_student` calls them; none: the student isn't made from the teacher."""
-        names = ("backbone", "backbone_weights", "d_model", "encoder_layers", "decoder_layers", "num_queries")
-        values = {name: getattr(self, f"student_{name}") for name in names}
+        values = {f.name.removeprefix("student_"): getattr(self, f.name) for f in fields(StudentArguments)}
         return {name: value for name, value in values.items() if value is not None}
 
 

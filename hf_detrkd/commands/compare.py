@@ -9,7 +9,7 @@
 What a grid is: hf_detrkd/commands/grid_file.py. Every cell is a run of distill.py of its own, in
 runs/<grid>/<data>/<pair>/<method>/seed<k>/, with its recipe.yaml, log.txt and results.json. Start the command again after
 it was stopped: what is done stays, what was begun goes on from its last checkpoint. Finished cells lose their checkpoints
-and keep the model. The summary goes to docs/results: <grid>.md, .json and .png, and summary.json of all grids there;
+and keep the model. The summary goes to docs/results: <grid>.md and .json with its pictures, and summary.json of all grids there.
 What <grid>.json has recorded of runs that aren't on this machine goes on counting, as long as the settings, the teacher
 and the twins that are here say that it is the same comparison: a grid can go on elsewhere.
 """
@@ -288,7 +288,7 @@ def write_summary(grid: Grid, output: Path, outcomes: Mapping[str, str], say=pri
         markdown(summary, [name for name in names if (output / name).is_file()], unfinished), encoding="utf-8"
     )
     write_json(overview(list(read_summaries(output).values())), output / "summary.json")
-    say(f"{gain_table(summary['rows'])}\nwritten to {output / grid.name}.md, .json and .png")
+    say(f"{gain_table(summary['rows'])}\nwritten to {output / grid.name}.md and .json, with pictures beside them")
 
 
 if __name__ == "__main__":

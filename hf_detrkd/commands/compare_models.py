@@ -36,9 +36,9 @@ from ..reporting.differences import caption, most_different
 from ..reporting.precision_recall import plot_class_curves, plot_precision_recall
 from ..reporting.sheet import Counts, Scene, SheetRow, best_threshold, classify, count, draw_sheet
 from ..reporting.table import cost_table
+from ..reporting.versions import versions
 from .arguments import DataArguments, parse
 from .places import places, read_run
-from .records import versions
 from .setup import check_part, load_part, write_json
 
 DRAWN_CLASSES = 24

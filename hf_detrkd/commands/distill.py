@@ -32,9 +32,10 @@ from ..families import adapter_for
 from ..inheritance import inherit
 from ..labels import LabelMap
 from ..methods import build_methods, settled
-from ..publishing import finish, open_repository, repository_of
+from ..publishing import finish, open_for
 from ..reporting.live import WriteReport
 from ..reporting.run import TWIN, UNFINISHED
+from ..reporting.versions import versions
 from ..reporting.writing import Reports
 from ..students import make_student
 from .arguments import DataArguments, ModelArguments, StudentArguments, parse
@@ -47,7 +48,6 @@ from .records import (
     origin,
     origins,
     settings,
-    versions,
     write_unfinished,
 )
 from .resuming import checkpoint_to_resume, found_by_all, has_finished, last_complete_checkpoint, same_settings
@@ -197,9 +197,7 @@ def distill(
     name_run(args)
     if args.push_to_hub and args.process_index == 0 and not extra.only_teacher:
         # A wrong token, name or branch shows before hours of training
-        args.hub_model_id = open_repository(
-            repository_of(args), token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision
-        )
+        args.hub_model_id = open_for(args)
     run = prepare(model_arguments, data_arguments, extra, args, say)
     data, teacher, processor = run.data, run.teacher, run.processor
     if teacher is not None:

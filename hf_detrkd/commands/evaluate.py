@@ -14,8 +14,8 @@ from accelerate import PartialState
 from ..detectors import load_detector
 from ..evaluation.detector import evaluate_detector
 from ..reporting.table import class_table, comparison_table
+from ..reporting.versions import versions
 from .arguments import DataArguments, ModelArguments, parse
-from .records import versions
 from .setup import build_image_processor, check_part, load_part, write_json
 
 

@@ -17,13 +17,14 @@ from transformers import set_seed
 
 from ..config import DistillationConfig
 from ..evaluation.cost import environment
-from ..publishing import finish, open_repository, repository_of
-from ..reporting.fairness import METHOD_FIELDS
+from ..publishing import finish, open_for
+from ..reporting.fairness import METHOD_DEFAULTS
 from ..reporting.live import WriteReport
 from ..reporting.run import UNFINISHED
+from ..reporting.versions import versions
 from ..reporting.writing import Reports
 from .arguments import DataArguments, ModelArguments, parse
-from .records import costs_of, data_of, forget_earlier, name_run, origins, settings, versions, write_unfinished
+from .records import costs_of, data_of, forget_earlier, name_run, origins, settings, write_unfinished
 from .resuming import checkpoint_to_resume, found_by_all, same_settings
 from .setup import augment, build_detector, build_image_processor, load_data
 from .training import train, write_down
@@ -36,7 +37,7 @@ class FinetuneConfig(DistillationConfig):
     method: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "Leave it at `none`."})
 
     def __post_init__(self):
-        ignored = METHOD_FIELDS - {"method"} | {name for name in vars(self) if name.startswith("teacher_")}
+        ignored = METHOD_DEFAULTS.keys() | {name for name in vars(self) if name.startswith("teacher_")}
         for name in sorted(ignored):
             if getattr(self, name) != getattr(DistillationConfig, name):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: finetune has no teacher. Use distill.py.")
@@ -54,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     same_settings(args.resume_from_checkpoint, settings(model_arguments, data_arguments, args))
     name_run(args)
     if args.push_to_hub and args.process_index == 0:
-        args.hub_model_id = open_repository(
-            repository_of(args), token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision
-        )
+        args.hub_model_id = open_for(args)
     with args.main_process_first(desc="data set"):
         data = load_data(data_arguments, args.seed, say, model_arguments.cache_dir, model_arguments.token)
     set_seed(args.seed)

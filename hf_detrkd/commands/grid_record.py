@@ -6,10 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DistillationConfig
 from ..families import FAMILIES
 from ..methods import settled
-from ..reporting.fairness import HARMLESS, METHOD_FIELDS
+from ..reporting.fairness import HARMLESS, METHOD_DEFAULTS, METHOD_FIELDS
 from ..reporting.summary import TWIN, gain_rows, pair_name
 from .arguments import parse
 from .distill import ARGUMENTS
@@ -56,13 +55,11 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
     was, now = recorded["pairs"].get(pair), here["pairs"].get(pair)
     if was is None:
         return "there is none of its teacher"
-    defaults = {name: getattr(DistillationConfig, name) for name in METHOD_FIELDS - {"method"}}
-    # Runs of earlier versions lack what came since
-    shared = {**defaults, **{name: value for group in was["settings"].values() for name, value in group.items()}}
+    shared = {**METHOD_DEFAULTS, **_flags(was["settings"])}
     ran = shared if cell.method == TEACHER else {**shared, **recorded["runs"][cell.name]}
     free = OF_THE_HARNESS | HARMLESS | (METHOD_FIELDS if cell.method == TEACHER else set())
     free |= {"max_steps"} if cell.time_of else set()
-    asked = {name: value for name, value in {**defaults, **cell.recipe}.items() if name not in free}
+    asked = {name: value for name, value in {**METHOD_DEFAULTS, **cell.recipe}.items() if name not in free}
     if any(ran.get(name) != value for name, value in asked.items()):
         run = _as_run(cell, ran)
         asked = {name: run[name] for name in asked}
@@ -85,5 +82,9 @@ def _as_run(cell: Cell, ran: Mapping[str, Any]) -> dict[str, Any]:
     if cell.method != TEACHER:
         args = settled(args, FAMILIES[ran["model_type"]])
     recorded = json.loads(json.dumps(settings(*groups, args), default=str))
-    flags = {name: value for group in recorded.values() for name, value in group.items()}
-    return {**flags, "method": "+".join(args.method)}
+    return {**_flags(recorded), "method": "+".join(args.method)}
+
+
+def _flags(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's settings without their groups."""
+    return {name: value for group in recorded.values() for name, value in group.items()}

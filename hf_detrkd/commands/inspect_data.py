@@ -217,9 +217,7 @@ def _problems(problems: list[dict[str, str]], listed: int) -> str:
         return "nothing wrong was found"
     kinds = Counter((problem["action"], problem["problem"]) for problem in problems)
     lines = [f"{sum(kinds.values())} findings", *(f"  {action}: {name} ({n}x)" for (action, name), n in kinds.items())]
-    for problem in problems[:listed]:
-        advice = f" -> {problem['advice']}" if problem["advice"] else ""
-        lines.append(f"{problem['file']}: {problem['row']}: {problem['problem']}: {problem['value']}{advice}")
+    lines += [str(Finding(**problem)) for problem in problems[:listed]]
     if len(problems) > listed:
         lines.append(f"... and {len(problems) - listed} more in data.json")
     return "\n".join(lines)

@@ -183,7 +183,7 @@ def _calls(timed: Timed, backend: str, images: list[Tensor], folder: Path) -> tu
     return lambda: forward(ready), whole
 
 
-def latency_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str:
+def latency_table(rows: Sequence[dict[str, Any]]) -> str:
     """Milliseconds and images per second; what failed, in words below."""
     header = ["model", "backend", "scope", "batch", "median (ms)", "p95 (ms)", "images/s"]
     lines = [
@@ -200,7 +200,7 @@ def latency_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str
         for row in rows
         if "failed" in row
     ]
-    return "\n".join([text_table(header, lines, markdown), *failed])
+    return "\n".join([text_table(header, lines), *failed])
 
 
 if __name__ == "__main__":

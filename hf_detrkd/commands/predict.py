@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..data.collator import model_inputs
 from ..detectors import load_detector
 from ..families.checks import enough_places
 from ..reporting.boxes import draw_boxes
@@ -145,8 +146,8 @@ def detections(
     model: PreTrainedModel, processor: BaseImageProcessor, batch: Sequence[Picture], threshold: float
 ) -> list[dict[str, Tensor]]:
     """Per picture ``scores``, ``labels`` and ``boxes`` (x1, y1, x2, y2 in its pixels), on the CPU."""
-    encoded = processor(images=[picture.pixels for picture in batch], return_tensors="pt")
-    inputs = {name: encoded[name].to(model.device) for name in ("pixel_values", "pixel_mask") if name in encoded}
+    inputs = model_inputs(processor, [picture.pixels for picture in batch])
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     sizes = torch.tensor([picture.pixels.shape[1:] for picture in batch], device=model.device)
     with torch.no_grad(), enough_places(model):
         output = model(**inputs)

@@ -22,7 +22,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..config import DistillationConfig, without_tokens
 from ..evaluation.cost import cost_rows
 from ..reporting.run import STATE, TWIN, UNFINISHED, checkpoints, results_file
-from ..reporting.versions import versions
 from ..sheets import FOLDER as SHEETS
 from .arguments import DataArguments, ModelArguments
 from .setup import Data, write_json
@@ -150,21 +149,6 @@ def write_unfinished(results: dict[str, Any], args: DistillationConfig) -> None:
     """What is known of the results by now, for whoever watches the run."""
     if args.should_save:
         write_json(results, Path(args.output_dir) / UNFINISHED)
-
-
-__all__ = [
-    "StepClock",
-    "costs_of",
-    "data_of",
-    "forget_earlier",
-    "mean_shares",
-    "name_run",
-    "origin",
-    "peak_memory",
-    "settings",
-    "versions",
-    "write_unfinished",
-]
 
 
 def origins(model_arguments: ModelArguments, data_arguments: DataArguments) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..data import (
 )
 from ..data.schema import split_name
 from ..inheritance import order_classes
+from ..reporting.writing import whole
 from ..students import PRETRAINED, from_config
 from .arguments import DataArguments, ModelArguments
 
@@ -248,9 +248,5 @@ def family_image_processor(model: PreTrainedModel) -> BaseImageProcessor:
 
 def write_json(values: dict | list, path: str | Path) -> None:
     """Readable JSON; whole or not at all, also where several processes write it."""
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole(path) as part:
+        part.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")

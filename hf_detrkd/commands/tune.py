@@ -31,13 +31,14 @@ from ..gradient_shares import USUAL_SHARE, weight_for
 from ..progress import DistillationPrinter, DistillationProgress
 from ..reporting.fairness import METHOD_FIELDS
 from ..reporting.summary import TWIN
+from ..reporting.versions import versions
 from ..trainer import DistillationTrainer
 from .compare import Runner
 from .diagnose import flags_in
 from .distill import prepare
 from .grid import OF_THE_HARNESS, TEACHER, Cell, Grid
 from .grid_file import read_grid
-from .records import versions
+from .records import mean_shares
 from .setup import write_json
 
 ROUNDS = 4
@@ -192,14 +193,9 @@ def measure(cell: Cell, fields: Mapping[str, Any], after: int, steps: int) -> Me
     for printing in (DistillationPrinter, DistillationProgress):  # a line for every step of every round
         trainer.remove_callback(printing)
     trainer.train()
-    logs = [log for log in trainer.state.log_history if "gradient_share_kd" in log]
-    if not logs:
+    shares = mean_shares(trainer.state.log_history)
+    if not shares:
         raise ValueError(f"{cell.name} ended before step {after}: measure earlier with --after.")
-    shares = {
-        name.removeprefix("gradient_share_"): statistics.mean(log[name] for log in logs)
-        for name in logs[0]
-        if name.startswith("gradient_share_")
-    }
     methods = list(trainer.model.methods.values())
     weights = methods[0].config.weights if len(methods) == 1 else {}
     return Measured(shares.pop("kd"), shares, weights)

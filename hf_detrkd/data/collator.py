@@ -41,14 +41,14 @@ class DetectionCollator:
 
     def __post_init__(self):
         teacher = self.teacher_image_processor
-        differ = teacher is not None and not same_pixels(self.image_processor, teacher)
+        differ = teacher is not None and not samepixels(self.image_processor, teacher)
         object.__setattr__(self, "teacher_pixels_differ", differ)
 
     def __call__(self, items: Sequence[dict]) -> dict:
         images = [item["image"] for item in items]
-        batch = _pixels(self.image_processor, images)
+        batch = model_inputs(self.image_processor, images)
         if self.teacher_pixels_differ:
-            pixels = _pixels(self.teacher_image_processor, images)
+            pixels = model_inputs(self.teacher_image_processor, images)
             batch |= {f"teacher_{name}": value for name, value in pixels.items()}
         return {**batch, "labels": [label_of(item["target"], *item["image"].shape[-2:]) for item in items]}
 
@@ -77,7 +77,7 @@ def label_of(target: Target, height: int, width: int) -> dict[str, Tensor]:
     }
 
 
-def same_pixels(one: BaseImageProcessor, other: BaseImageProcessor) -> bool:
+def samepixels(one: BaseImageProcessor, other: BaseImageProcessor) -> bool:
     """Whether two processors make the same model inputs: no setting about pixels differs, and two images of different
     shape come out equal, masks included."""
     settings = [
@@ -89,7 +89,7 @@ def same_pixels(one: BaseImageProcessor, other: BaseImageProcessor) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in PROBES]
-    pixels = [_pixels(processor, images) for processor in (one, other)]
+    pixels = [model_inputs(processor, images) for processor in (one, other)]
     return pixels[0].keys() == pixels[1].keys() and all(
         torch.equal(pixels[0][key], pixels[1][key]) for key in pixels[0]
     )
@@ -107,6 +107,7 @@ def input_size(*processors: BaseImageProcessor | None) -> tuple[int, int] | None
     return tuple(map(max, zip(*sizes, strict=True))) if sizes else None
 
 
-def _pixels(processor: BaseImageProcessor, images: list[Tensor]) -> dict[str, Tensor]:
+def model_inputs(processor: BaseImageProcessor, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What goes into a model of images (3, H, W): ``pixel_values``, and ``pixel_mask`` where the processor makes one."""
     encoded = processor(images=images, return_tensors="pt")
     return {name: encoded[name] for name in ("pixel_values", "pixel_mask") if name in encoded}

@@ -19,12 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..data.collator import model_inputs
 from ..families.checks import enough_places
 
 WARMUP, ROUNDS = 5, 30
 """Calls that don't count, and calls that do: the first ones allocate, and choose and compile kernels."""
-INPUTS = ("pixel_values", "pixel_mask")
-"""What of an image processor's output goes into a model."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,7 @@ def cost_rows(
         image = torch.zeros(3, 640, 640, dtype=torch.uint8)
     inputs = {}
     for role, (model, processor) in models.items():
-        encoded = processor(images=[image], return_tensors="pt")
-        inputs[role] = {name: encoded[name].to(model.device) for name in INPUTS if name in encoded}
+        inputs[role] = {name: value.to(model.device) for name, value in model_inputs(processor, [image]).items()}
     rows: dict[str, dict[str, Any]] = {
         role: {
             "parameters": model.num_parameters(),

@@ -109,12 +109,6 @@ class FamilyAdapter(DecoderContract):
         """Forgets the batch. Between calls the adapter leaves nothing in the model, so there is no more to undo."""
         self._call = None
 
-    def __enter__(self) -> FamilyAdapter:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def replay(self, view: DetrView, groups: Sequence[Queries], detach_memory: bool = False) -> tuple[DetrView, ...]:
         """Decodes groups of queries that don't see each other on the memory of a view, one view per group.
 

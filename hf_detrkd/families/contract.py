@@ -70,8 +70,8 @@ class DecoderContract:
         (pixel masks are read); "content" (queries start from embeddings, not from zeros), "position" (they take
         position embeddings), "reference" (they carry a box or a centre), "queries_from_boxes", "label_content" (which
         reads the labels it is given); "query_mask" (a replay takes queries of which some are padding);
-        "edge_distributions" (of which boxes are the expectation); "quality_scores" (training makes a score the IoU of the
-        box).
+        "edge_distributions" (of which boxes are the expectation); "proposals" (of a first stage); "quality_scores"
+        (training makes a score the IoU of the box).
         """
         has = {
             "replay": self.replays,

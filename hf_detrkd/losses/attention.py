@@ -6,7 +6,6 @@ order that two models share.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..grids import frames_differ, on_grid
+from ..grids import frames_differ, nearest_grid, on_grid
 from ..matching import Match
 from ..view import AttentionMaps, DetrView
 from .reduction import weighted_mean
@@ -115,7 +114,7 @@ def to_grid(
     onto = [rows.new_zeros(*rows.shape[:2], height * width) for height, width in sizes]
     covered = [False] * len(wanted)
     for level, mask, (height, width) in zip(rows.split([h * w for h, w in shapes], -1), masks, shapes, strict=True):
-        nearest = min(range(len(wanted)), key=lambda i: abs(math.log(math.prod(sizes[i]) / (height * width))))
+        nearest = nearest_grid((height, width), sizes)
         # Antialiased: on a coarser grid, plain bilinear weights would leave out the cells between
         moved = on_grid(
             level.unflatten(-1, (height, width)), mask, wanted[nearest], padded=padded, mode="bilinear", antialias=True

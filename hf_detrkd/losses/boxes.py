@@ -55,6 +55,13 @@ def teacher_is_better(student: Tensor, teacher: Tensor, targets: Sequence[Mappin
     return better
 
 
+def inside_image(boxes: Tensor) -> Tensor:
+    """(..., 4) the part of boxes (..., 4) that lies in the image, in [0, 1]; without an area where there is none."""
+    centre, size = boxes.float().split(2, dim=-1)
+    low, high = (centre - size / 2).clamp(0, 1), (centre + size / 2).clamp(0, 1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU in [0, 1], float32, elementwise over (..., 4); 0 where neither box has an area."""
     return iou_of_corners(_corners(a), _corners(b))

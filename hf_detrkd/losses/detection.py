@@ -7,44 +7,23 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers.loss.loss_d_fine import DFineLoss
 from transformers.loss.loss_for_object_detection import ImageLoss
 from transformers.loss.loss_rt_detr import RTDetrLoss
 
-from ..matching import GroundTruthMatcher, Match, Pairs, matches
+from ..matching import GroundTruthMatcher, Pairs
 from .boxes import generalized_iou_of_corners, iou_of_corners
 
 if TYPE_CHECKING:
     from ..families.base import FamilyAdapter
 
 
-@dataclass
-class TaskLoss:
-    """What is left of a task loss besides its value, which is ``output.loss``."""
-
-    _pairs: list[list[Pairs]] = field(default_factory=list)
-    _device: torch.device | None = None
-
-    @property
-    def matching(self) -> tuple[Match, ...] | None:
-        """The matching with the targets that the loss used, for the model's own queries.
-
-        One match per decoder layer where every layer is supervised, else the last layer's alone; also the last alone
-        for the D-FINE line, whose loss supervises a head before the first layer in place of the last layer but one.
-        None where there was no loss, or where it matched other queries than the model's own: the groups of Group DETR
-        and, in older transformers (5.17), the denoising queries of the RT-DETR line.
-        """
-        return matches(self._pairs, self._device) if self._pairs else None
-
-
 @contextmanager
-def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
+def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[None]:
     """While it runs, the loss that the adapter's model computes from ``labels`` is matched by ``GroundTruthMatcher``.
 
     The value is the same to the bit in float32. Under autocast transformers matches with costs of 8 bits in some
@@ -53,9 +32,8 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
     denoising queries of RT-DETR that is a third of a small model's training step, and grows with the square of the
     objects. Here boxes are compared with their own targets only.
 
-        with task_loss(adapter, per_layer=True) as task:
+        with task_loss(adapter, per_layer=True):
             output, view = adapter.forward(batch)
-        loss, matching = output.loss, task.matching
 
     Args:
         adapter: of a model whose loss function is transformers' own.
@@ -64,7 +42,7 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
             ``adapter.layer_predictions()``. Nothing changes where the flag is on already. In the RT-DETR line the flag
             also stands for the losses of the encoder and of the denoising queries.
     """
-    model, task = adapter.model, TaskLoss()
+    model = adapter.model
     original, assigned = model.loss_function, model.__dict__.get("_loss_function")
 
     def loss_function(logits, labels, device, pred_boxes, config, outputs_class=None, outputs_coord=None, *args, **kw):
@@ -75,12 +53,12 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[TaskLoss]:
                 # The loss of Group DETR also trains the groups that are no part of the view.
                 every_query = logits.shape[1] != adapter.num_queries
                 outputs_class, outputs_coord = adapter.layer_predictions(every_query)
-        with _matched_at_once(task, adapter.num_queries):
+        with _matched_at_once():
             return original(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, *args, **kw)
 
     model.loss_function = loss_function
     try:
-        yield task
+        yield
     finally:
         if assigned is None:
             del model._loss_function
@@ -100,7 +78,7 @@ class _Precomputed(nn.Module):
 
 
 @contextmanager
-def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
+def _matched_at_once() -> Iterator[None]:
     """While it runs, every criterion of transformers finds its matchings computed.
 
     transformers builds criterion and matcher anew inside each loss function, so that a hook for all modules is the one
@@ -122,14 +100,6 @@ def _matched_at_once(task: TaskLoss, num_queries: int) -> Iterator[None]:
         replaced.append((criterion, criterion.matcher))
         criterion.matcher = _Precomputed(pairs)
         compared.enter_context(_functions_replaced(criterion))
-
-        auxiliary = pairs[1:]
-        if isinstance(criterion, DFineLoss):
-            auxiliary = []
-        elif isinstance(criterion, RTDetrLoss):
-            auxiliary = auxiliary[:-1]  # the last is the encoder's
-        if all(layer.shape[1] == num_queries for layer in logits):
-            task._pairs, task._device = [*auxiliary, pairs[0]], logits[0].device
 
     hook = register_module_forward_pre_hook(before)
     try:

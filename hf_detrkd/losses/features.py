@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from .boxes import iou
+from ..grids import extents
+from .boxes import inside_image, iou
 from .reduction import mean_over_processes, weighted_mean
 
 
@@ -38,7 +39,7 @@ def _cells_of(boxes: Sequence[Tensor], mask: Tensor, inclusive: bool = False) ->
     """Image by image (N, h, w), True where a cell of the unpadded image touches a box."""
     rows = torch.arange(mask.shape[1], device=mask.device)[:, None]
     columns = torch.arange(mask.shape[2], device=mask.device)
-    sizes = torch.stack([mask.any(1).sum(1), mask.any(2).sum(1)], dim=-1)  # cells of the unpadded images
+    sizes = extents(mask).flip(-1)  # (B, 2) columns and rows
     for image_boxes, size, real in zip(boxes, sizes, mask, strict=True):
         centre, half = image_boxes[:, :2].float(), image_boxes[:, 2:].float() / 2
         # Rounded: 0.25 * 4 may come out as 1.0000001 in float32, whose ceiling is another cell
@@ -179,10 +180,7 @@ def box_quality(scores: Tensor, boxes: Tensor, target_boxes: Sequence[Tensor], *
     # One box without an area more, which overlaps nothing: there is a maximum where no image has targets too
     objects = pad(pad_sequence([image.float() for image in target_boxes], batch_first=True), (0, 0, 0, 1))
     present = torch.tensor([[len(image) > 0] for image in target_boxes], device=scores.device)
-    centre, size = boxes.float().split(2, dim=-1)
-    low, high = (centre - size / 2).clamp(0, 1), (centre + size / 2).clamp(0, 1)
-    inside = torch.cat([(low + high) / 2, high - low], dim=-1)
-    overlap = iou(inside[:, :, None], objects[:, None]).amax(-1)
+    overlap = iou(inside_image(boxes)[:, :, None], objects[:, None]).amax(-1)
     scores = scores.float()
     quality = scores * overlap if gamma is None else scores**gamma * overlap ** (1 - gamma)
     return torch.where(present, quality, scores)

@@ -14,8 +14,9 @@ from torch.nn.functional import layer_norm
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import roi_align
 
+from ..grids import extents
 from ..matching import Match, ground_truth_matches
-from ..view import DetrView
+from ..view import DetrView, take
 from .reduction import weighted_mean
 
 CANONICAL = 224 / 16
@@ -37,8 +38,7 @@ def target_states(view: DetrView, targets: Sequence[Mapping[str, Tensor]], limit
     it gives one; at most ``limit`` targets of an image."""
     number = max(min(len(target["boxes"]), limit) for target in targets)
     query, given = query_of_target(ground_truth_matches(view, targets)[-1], number)
-    states = view.hidden_states[-1]
-    return states.gather(1, query[..., None].expand(-1, -1, states.shape[-1])), given
+    return take(view.hidden_states[-1], query), given
 
 
 def query_of_target(match: Match, targets: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def object_features(maps: Sequence[Tensor], masks: Sequence[Tensor], boxes: Tens
     images = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
     chosen = None
     for level, mask in zip(maps, masks, strict=True):
-        cells = torch.stack([mask.any(1).sum(1), mask.any(2).sum(1)], -1)  # (B, 2) width and height without padding
+        cells = extents(mask).flip(-1)  # (B, 2) width and height without padding
         centre, size = (boxes * cells.repeat(1, 2)[:, None]).split(2, dim=-1)
         corners = torch.cat([centre - size / 2, centre + size / 2], -1).flatten(0, 1)
         rois = torch.cat([images[:, None].to(corners), corners], 1)

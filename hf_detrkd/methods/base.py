@@ -52,6 +52,8 @@ class DistillationMethod(nn.Module):
                     f"`{adapter.model.config.model_type}` doesn't provide (it provides {', '.join(sorted(adapter.provides))}). "
                     "Choose another method or another model."
                 )
+        if not any(config.weights.values()):
+            raise ValueError(f"all `weights` of {self.name} are 0, so there is nothing to distil. Use method none.")
         self.config = config
 
     def forward(

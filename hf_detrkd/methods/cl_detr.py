@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..losses.boxes import iou
+from ..losses.boxes import inside_image, iou
 from ..losses.set_prediction import set_loss
 from ..matching import ground_truth_matches
 from .base import DistillationMethod, Paper
@@ -58,9 +58,7 @@ def pseudo_targets(
     """
     classes = scores.shape[-1]
     best, index = scores.float().flatten(1).topk(min(top_k, scores[0].numel()))
-    low, high = (boxes.float()[..., :2] + sign * boxes.float()[..., 2:] / 2 for sign in (-1, 1))
-    low, high = low.clamp(0, 1), high.clamp(0, 1)
-    inside = torch.cat([(low + high) / 2, high - low], dim=-1)
+    inside = inside_image(boxes)
     extended = []
     for image, target in enumerate(targets):
         places, labels = inside[image, index[image] // classes], index[image] % classes
@@ -112,8 +110,6 @@ class CLDetr(DistillationMethod):
 
     def __init__(self, config, student, teacher):
         super().__init__(config, student, teacher)
-        if not any(config.weights.values()):
-            raise ValueError("all `weights` of cl_detr are 0, so there is nothing to distil. Use method none.")
         self.quality = "quality_scores" in student.provides
 
     def forward(self, student, teacher, targets, generator):

@@ -103,7 +103,9 @@ class D3ETR(DistillationMethod):
             term for term, weight in config.weights.items() if weight and not (config.control and "group" not in term)
         }
         if not self.used:
-            raise ValueError("all `weights` of d3etr are 0, so there is nothing to learn. Use method none.")
+            raise ValueError(
+                "all `weights` of d3etr's group are 0, so its control (`control`) has nothing to learn. Use method none."
+            )
         self.needs_group = any(term.startswith(("fixed", "group")) for term in self.used)
         self._check(student, teacher)
         if any(term.endswith("attention") for term in self.used):

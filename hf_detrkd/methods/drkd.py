@@ -102,8 +102,6 @@ class DRKD(DistillationMethod):
     def __init__(self, config, student, teacher):
         super().__init__(config, student, teacher)
         pixel, relation, instance = (config.weights[name] > 0 for name in ("pixel", "relation", "instance"))
-        if not (pixel or relation or instance):
-            raise ValueError("all `weights` of drkd are 0, so there is nothing to distil. Use method none.")
         roi, objects = config.instances == "roi", relation or instance
         self.f = MapProjector(student, teacher, config.feature, always=True) if pixel or roi else None
         self.f_query = identity_linear(student.width, teacher.width) if objects and not roi else None

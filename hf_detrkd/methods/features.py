@@ -78,8 +78,6 @@ class Features(DistillationMethod):
 
     def __init__(self, config, student, teacher):
         super().__init__(config, student, teacher)
-        if not config.weights["feature"]:
-            raise ValueError("the weight `feature` is 0, so there is nothing to distil. Use method none.")
         if config.tap == "backbone" and not any(p.requires_grad for p in student.feature_module.parameters()):
             raise ValueError(
                 "`tap='backbone'` compares the backbone's maps, but the student's backbone is frozen, so it can't learn "

@@ -112,8 +112,6 @@ class KDDetr(DistillationMethod):
                 "method `kd_detr` needs a teacher whose decoder can be replayed for its general points, and "
                 f"`{teacher.model.config.model_type}` can't. Set the weights of the general terms to 0."
             )
-        if not self.groups:
-            raise ValueError("all `weights` of kd_detr are 0, so there is nothing to distil. Use method none.")
         check_class_loss(self.name, config, student)
         bernoulli = config.class_loss == "bernoulli" and student.classification == "sigmoid"
         self.temperature = 1.0 if bernoulli else config.temperature

@@ -91,8 +91,6 @@ class LD(DistillationMethod):
                     "predicts boxes as four numbers. Take D-FINE or DEIMv2 for both, or another method."
                 )
         super().__init__(config, student, teacher)
-        if not config.weights["ld"]:
-            raise ValueError("the weight `ld` is 0, so there is nothing to distil. Use method none.")
         if student.edge_bins != teacher.edge_bins:
             names = "(max_num_bins, up, reg_scale)"
             raise ValueError(

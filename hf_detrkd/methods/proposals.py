@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..grids import frames_differ, on_grid
+from ..grids import frames_differ, nearest_grid, on_grid
 from ..losses.boxes import giou, l1
 from ..losses.logits import focal_kl
 from ..view import DetrView
@@ -83,7 +82,7 @@ def on_grid_of(student: DetrView, teacher: DetrView) -> tuple[Tensor, Tensor, Te
         levels = [x.mT.unflatten(-1, m.shape[1:]) for x, m in zip(everything.split(sizes, dim=1), masks, strict=True)]
         onto = []
         for mask in student.memory_masks():
-            nearest = min(range(len(levels)), key=lambda i: abs(math.log(levels[i][0, 0].numel() / mask[0].numel())))
+            nearest = nearest_grid(mask.shape[1:], teacher.memory_shapes)
             moved = on_grid(levels[nearest], masks[nearest], mask, padded=padded, mode="nearest")
             onto.append(moved.flatten(2).mT)
         everything = torch.cat(onto, dim=1)

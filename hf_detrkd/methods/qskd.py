@@ -99,8 +99,6 @@ class QSKD(DistillationMethod):
         super().__init__(config, student, teacher)
         check_class_loss(self.name, config, student)
         self.predictions = any(config.weights[term] for term in ("class", "l1", "giou"))
-        if not (self.predictions or config.weights["feature"]):
-            raise ValueError("all `weights` of qskd are 0, so there is nothing to distil. Use method none.")
         self.projector = None
         if config.weights["feature"]:
             if not teacher.provides & {"cross_attentions", "sampled_attentions"}:

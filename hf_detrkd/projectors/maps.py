@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..families import FamilyAdapter
-from ..grids import frames_differ, on_grid
+from ..grids import frames_differ, nearest_grid, on_grid
 from ..losses.reduction import mean_over_processes
 from ..view import DetrView
 
@@ -64,7 +63,7 @@ class MapProjector(nn.Module):
         if self.tap == "memory":
             own, masks = student.memory_maps(), student.memory_masks()
             others, of_others = teacher.memory_maps(), teacher.memory_masks()
-            nearest = [min(range(len(own)), key=lambda i: abs(math.log(_cells(own[i]) / _cells(x)))) for x in others]
+            nearest = [nearest_grid(size, student.memory_shapes) for size in teacher.memory_shapes]
             own, masks = [own[i] for i in nearest], [masks[i] for i in nearest]
             convolutions = [self.levels[0]] * len(others)
         else:
@@ -116,10 +115,6 @@ def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 def _squares(maps: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[:, None], maps.detach().float(), 0.0).square().sum()
-
-
-def _cells(x: Tensor) -> int:
-    return x.shape[-2] * x.shape[-1]
 
 
 def _resized_mask(view: DetrView, size: tuple[int, int]) -> Tensor:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from .sheet import DPI, KINDS, PANEL_INCHES, Kind, draw_box
+from .sheet import DPI, KINDS, PANEL_INCHES, Kind, draw_box, show
+from .writing import save_figure
 
 # Okabe and Ito's palette again, one colour per class in turn; the text is readable on each
 CLASS_COLORS = (
@@ -49,11 +50,10 @@ def draw_boxes(
     inches = max(2 * PANEL_INCHES, min(width / DPI, 12.0))  # small images are enlarged
     figure = Figure(figsize=(inches, inches * height / width))
     axes = figure.add_axes((0, 0, 1, 1))
-    _show(axes, image)
+    show(axes, image)
     for box, label, text in zip(boxes.tolist(), labels, texts, strict=True):
         draw_box(axes, box, text, class_kind(label))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path, DPI)
 
 
 def draw_dataset(dataset, indices: Sequence[int], path: str | Path, columns: int = 4) -> None:
@@ -74,18 +74,11 @@ def draw_dataset(dataset, indices: Sequence[int], path: str | Path, columns: int
     for axes, index in zip(panels, indices, strict=False):
         item = dataset[index]
         target = item["target"]
-        _show(axes, item["image"])
+        show(axes, item["image"])
         axes.set_title(f"row {index}, image {int(target['image_id'])}", fontsize=8)
         for box, label, crowd in zip(
             target["boxes"].tolist(), target["labels"].tolist(), target["iscrowd"].tolist(), strict=True
         ):
             # Drawn before the checks have passed, a label may be one that no class has
             draw_box(axes, box, names.get(label, f"{label}?"), KINDS["crowd"] if crowd else class_kind(label))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-
-
-def _show(axes, image: torch.Tensor) -> None:
-    height, width = image.shape[1:]
-    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0), interpolation="lanczos")
-    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    save_figure(figure, path, DPI)

@@ -30,6 +30,7 @@ from .recorded import (
     student_row,
 )
 from .table import comparison_table, points, text_table
+from .writing import whole
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("object-detection", "vision", "generated_from_trainer", "hf_detrkd")
@@ -146,10 +147,8 @@ def write_card(
     repo_id = repo_id or setting(results, "DistillationConfig", "hub_model_id") or folder.as_posix()
     pictures = [file for file in PICTURES if (output.parent / file).is_file()]
     card = model_card(results, repo_id, pictures, **metadata)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(output.name + ".part")
-    part.write_text(card.content, encoding="utf-8")
-    part.replace(output)
+    with whole(output) as part:
+        part.write_text(card.content, encoding="utf-8")
     return output
 
 

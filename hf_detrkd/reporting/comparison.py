@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from .curves import PALETTE
 from .table import comparison_table, difference, points, text_table
+from .writing import save_figure
 
 DPI = 110
 PICTURES = {
@@ -93,7 +94,7 @@ def plot_gains(results: Mapping[str, Any], path: str | Path, classes: Sequence[s
     axes.title.set_size(10)
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def plot_latency(results: Mapping[str, Any], path: str | Path) -> None:
@@ -118,7 +119,7 @@ def plot_latency(results: Mapping[str, Any], path: str | Path) -> None:
     legend = figure.legend(loc="outside lower center", fontsize="small")
     for handle in legend.legend_handles:
         handle.set_sizes([60])
-    _save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def environment_line(results: Mapping[str, Any]) -> str:
@@ -184,8 +185,3 @@ def _interval_sentence(results: Mapping[str, Any]) -> str:
         f"Intervals: paired bootstrap over the images, {results['resamples']} resamples. They say how much a difference owes to "
         "the choice of these images, not what another seed of the training would give."
     )
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)

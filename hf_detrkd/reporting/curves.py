@@ -11,6 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .writing import save_figure
+
 History = Sequence[Mapping[str, Any]]
 Series = dict[tuple[str, str], tuple[list[float], list[float]]]
 
@@ -57,8 +59,7 @@ def plot_curves(histories: Mapping[str, History], path: str | Path) -> bool:
     figure = Figure(figsize=(5.2 * len(drawn), 4), layout="constrained")
     for axes, (panel, series) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw(axes, panel, series, list(histories))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)
     return True
 
 

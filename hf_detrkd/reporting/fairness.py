@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-METHOD_FIELDS = frozenset(
-    {"method", "method_config", "kd_weight", "kd_warmup_steps", "kd_stop", "kd_decay", "kd_every"}
-)
+from ..config import DistillationConfig
+
+METHOD_DEFAULTS = {
+    name: getattr(DistillationConfig, name)
+    for name in ("method_config", "kd_weight", "kd_warmup_steps", "kd_stop", "kd_decay", "kd_every")
+}
+"""What a run had of these where its record doesn't name them: runs of earlier versions lack what came since."""
+METHOD_FIELDS = frozenset({"method", *METHOD_DEFAULTS})
 """All in which a distilled run may differ from its twin."""
 HARMLESS = frozenset(
     {

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from .curves import PALETTE, STYLES
 from .summary import TWIN, step_ratio
+from .writing import save_figure
 
 DPI = 80
 BLACK = "#000000"
@@ -39,7 +40,7 @@ def plot_gains(summary: Mapping[str, Any], path: str | Path) -> None:
         for axes in (gain, gap):
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.grid(alpha=0.3, axis="x")
-    _save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
@@ -63,7 +64,7 @@ def plot_progress(summary: Mapping[str, Any], path: str | Path) -> None:
         for axes in (by_step, by_time):
             axes.grid(alpha=0.3)
             axes.set_ylim(bottom=0)
-    _save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def compared_runs(summary: Mapping[str, Any]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
@@ -114,7 +115,7 @@ def plot_diagnoses(cells: Mapping[str, Mapping[str, Any]], path: str | Path) -> 
             axes.axvline(0, color="black", linewidth=0.8)
             axes.invert_yaxis()
             axes.grid(alpha=0.3, axis="x")
-    _save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def line_styles(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -156,8 +157,3 @@ def _groups(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     for row in summary["rows"]:
         groups.setdefault(f"{row['dataset']}/{row['pair']}", []).append(row)
     return groups
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.coco_detection.coco_evaluator import Tables
 from .curves import PALETTE, STYLES
+from .writing import save_figure
 
 IOUS = (0.5, 0.75)
 RECALLS = np.linspace(0, 1, 101)
@@ -47,7 +48,7 @@ def plot_precision_recall(tables: Mapping[str, Tables], path: str | Path) -> Non
         axes.set(title=f"IoU {iou:g}, mean over the classes", xlabel="recall", ylabel="precision")
         _frame(axes)
         axes.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def plot_class_curves(tables: Mapping[str, Tables], path: str | Path, objects: Mapping[str, int]) -> None:
@@ -79,7 +80,7 @@ def plot_class_curves(tables: Mapping[str, Tables], path: str | Path, objects: M
         figure.legend(
             handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * columns), fontsize="small"
         )
-    _save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def _color(index: int) -> str:
@@ -89,8 +90,3 @@ def _color(index: int) -> str:
 def _frame(axes: Axes) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)

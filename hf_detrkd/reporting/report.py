@@ -29,6 +29,7 @@ from .recorded import class_names, dataset_of, measured, setting, settings_rows
 from .report_charts import curves, schedule, terms
 from .run import TWIN, Run, read_run
 from .table import COLUMNS, comparison_rows, difference, points
+from .writing import whole
 
 NAME = "report.html"
 TEMPLATE = "report_template.html"
@@ -66,10 +67,8 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """
     run = read_run(folder)
     output = run.folder / NAME if output is None else Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(output.name + ".part")
-    part.write_text(page(run), encoding="utf-8")
-    part.replace(output)
+    with whole(output) as part:
+        part.write_text(page(run), encoding="utf-8")
     return output
 
 

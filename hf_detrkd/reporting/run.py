@@ -11,6 +11,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 
 from .curves import History
+from .writing import whole
 
 UNFINISHED = "unfinished.json"
 """What ``results.json`` will hold, as far as it is known. It is there while the run isn't finished."""
@@ -93,11 +94,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def write_state(state: TrainerState, folder: str | Path) -> None:
     """Writes Trainer's state, whole or not at all: whoever watches the run reads all of it, and a full disk leaves the last one."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{STATE}.part"
-    state.save_to_json(str(part))
-    part.replace(folder / STATE)
+    with whole(Path(folder) / STATE) as part:
+        state.save_to_json(str(part))
 
 
 def _state(folder: Path) -> dict[str, Any] | None:

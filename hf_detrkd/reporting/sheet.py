@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.collator import DetectionCollator
 from ..evaluation.detector import detect, label_lookup
+from .writing import save_figure
 
 MATCH_IOU = 0.5  # PASCAL VOC's threshold, COCO's AP50
 PANEL_INCHES, DPI = 3.6, 120  # panels are 432 pixels wide
@@ -167,7 +168,7 @@ def draw_sheet(
     figure = Figure(figsize=(PANEL_INCHES * (1 + len(titles)), sum(heights) + 0.8), layout="constrained")
     panels = figure.subplots(len(rows), 1 + len(titles), squeeze=False, height_ratios=heights)
     for axes, row in zip(panels[:, 0], rows, strict=True):
-        _show(axes, row)
+        show(axes, row.image)
         axes.set_ylabel(row.caption)
         for box, label, crowd in zip(row.boxes.tolist(), row.labels.tolist(), row.crowd.tolist(), strict=True):
             draw_box(axes, box, class_names[label], KINDS["crowd" if crowd else "object"])
@@ -179,18 +180,14 @@ def draw_sheet(
             least = threshold[title] if isinstance(threshold, Mapping) else threshold
         panels[0, column].set_title(f"{title} (score ≥ {least:.2f})")
         for axes, row, outcome in zip(panels[:, column], rows, outcomes[title], strict=True):
-            _show(axes, row)
+            show(axes, row.image)
             _outcome(axes, row, row.detections[title], outcome, class_names, least)
             axes.set_xlabel(str(count(row, title, outcome, least)), fontsize=8)
     kinds = [kind for name, kind in KINDS.items() if name != "crowd" or any(row.crowd.any() for row in rows)]
     handles = [Line2D([], [], color=kind.color, linestyle=kind.style, lw=2, label=kind.label) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), facecolor="#dddddd")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     # Constrained layout alone cuts the titles of few rows
-    figure.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
-    part.replace(path)
+    save_figure(figure, path, DPI, bbox_inches="tight", pad_inches=0.05)
 
 
 @dataclass(frozen=True)
@@ -273,9 +270,10 @@ def _share_inside(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     return (high - low).clamp(min=0).prod(dim=2) / area[:, None].clamp(min=1e-9)
 
 
-def _show(axes: Axes, row: SheetRow) -> None:
-    height, width = row.image.shape[1:]
-    axes.imshow(row.image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0), interpolation="lanczos")
+def show(axes: Axes, image: torch.Tensor) -> None:
+    """Draws a (3, H, W) image in its own pixels, without ticks."""
+    height, width = image.shape[1:]
+    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0), interpolation="lanczos")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
 
 

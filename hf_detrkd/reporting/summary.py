@@ -11,8 +11,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from ..config import DistillationConfig
-from .fairness import METHOD_FIELDS
+from .fairness import METHOD_DEFAULTS
 
 Result = Mapping[str, Any]
 """What a run wrote to its ``results.json``."""
@@ -223,8 +222,7 @@ def _run(result: Result) -> dict[str, Any]:
     student = {name: value for name, value in result["student"].items() if name not in ("validation", "test")}
     config = result["settings"]["DistillationConfig"]
     metrics = {split: _metrics(result["student"][split]) for split in ("validation", "test")}
-    # Runs of earlier versions lack what came since
-    method = {name: config.get(name, getattr(DistillationConfig, name)) for name in sorted(METHOD_FIELDS - {"method"})}
+    method = {name: config.get(name, default) for name, default in sorted(METHOD_DEFAULTS.items())}
     return {**student, **method, **metrics, "machine": result["versions"]["machine"]}
 
 

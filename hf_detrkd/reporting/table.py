@@ -71,7 +71,7 @@ def comparison_rows(
     return rows
 
 
-def class_table(metrics: Mapping[str, float], *, markdown: bool = False) -> str:
+def class_table(metrics: Mapping[str, float]) -> str:
     """AP and AR of every class in points, from the metrics `StreamingCocoMetrics` returns."""
     names = [key.removeprefix("mar_100_") for key in metrics if key.startswith("mar_100_")]
     summary = {key.removeprefix("map_") for key in COLUMNS.values()}
@@ -79,7 +79,7 @@ def class_table(metrics: Mapping[str, float], *, markdown: bool = False) -> str:
         [name, points(None if name in summary else metrics.get(f"map_{name}")), points(metrics[f"mar_100_{name}"])]
         for name in names
     ]
-    return text_table(["class", "AP", "AR100"], rows, markdown)
+    return text_table(["class", "AP", "AR100"], rows)
 
 
 def cost_table(rows: Mapping[str, Mapping[str, Any]], markdown: bool = False) -> str:

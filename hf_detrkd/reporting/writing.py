@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file to write in this context, which then takes the place of ``path``: whole or not at all, also where several processes
+    write it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    yield part
+    part.replace(path)
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int, **options: Any) -> None:
+    """Writes a picture, whole or not at all; the ending of ``path`` chooses the format, PNG where there is none."""
+    with whole(path) as part:
+        figure.savefig(part, format=Path(path).suffix[1:] or "png", dpi=dpi, **options)
 
 
 class ReportError(RuntimeError):
