@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from .methods import DistillationMethod
+
+if TYPE_CHECKING:
+    from .config import DistillationConfig
 
 logger = logging.get_logger(__name__)
 
@@ -50,24 +55,42 @@ def weight_for(target: float, share: float, weight: float) -> float:
     return float(f"{weight * (target / (1 - target)) * ((1 - share) / share):.3g}")
 
 
+def changed(config: Any) -> dict[str, Any]:
+    """The settings of a method that aren't its defaults, and of its weights these alone: what `method_config` has to say."""
+    default = type(config)()
+    settings = {f.name: getattr(config, f.name) for f in fields(config)}
+    settings = {name: value for name, value in settings.items() if value != getattr(default, name)}
+    if "weights" in settings:
+        usual = default.weights
+        settings["weights"] = {term: value for term, value in config.weights.items() if value != usual.get(term)}
+    return settings
+
+
 class NoticeIdleTerms(TrainerCallback):
     """Warns once where distillation, or one of its terms, is too weak to change anything: the run would pass for a distilled one."""
 
     def __init__(self, methods: Iterable[DistillationMethod]):
         self.methods = tuple(methods)
         self.warned = False
+        self.logged = 0
+        """Steps of which the shares have been logged."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.logged = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         share = (logs or {}).get("gradient_share_kd")
-        if self.warned or share is None or not state.is_world_process_zero:
+        if share is None:
             return
-        if logs["kd_scale"] < args.kd_weight / 2:  # small by the schedule's wish
+        scale = self._measured_scale(args, range(self.logged, state.global_step), state.max_steps)
+        self.logged = state.global_step
+        if self.warned or scale < 0.5 or not state.is_world_process_zero:  # small by the schedule's wish
             return
         if share < LEAST_SHARE:
             self.warned = True
             logger.warning(
                 f"Distillation has {share:.2g} of the gradient norm (`gradient_share_kd`): the student learns nothing from "
-                f"the teacher. {self._more(share, args.kd_weight)}"
+                f"the teacher. {self._more(share, scale, args.kd_weight)}"
             )
         elif idle := self._idle(logs):
             self.warned = True
@@ -75,15 +98,25 @@ class NoticeIdleTerms(TrainerCallback):
                 f"Terms with next to nothing of the gradient norm: {', '.join(f'{name} {share:.2g}' for name, share in idle.items())}. "
                 "The student learns nothing from them. Leave them out with weights of 0, or give each about "
                 f"{USUAL_TERM_SHARE:g} of it: --method {' '.join(method.name for method in self.methods)} --method_config "
-                f"'{json.dumps(self._heavier(idle, args.method_config))}'"
+                f"'{json.dumps(self._heavier(idle, scale))}'"
+                + f" --kd_decay {args.kd_decay}"
+                * (args.kd_decay != "none")
             )
 
-    def _more(self, share: float, weight: float) -> str:
+    @staticmethod
+    def _measured_scale(args: DistillationConfig, steps: range, max_steps: int) -> float:
+        """The part of `kd_weight` that the schedule left of distillation in the steps that were measured, in the mean."""
+        every = args.kd_every
+        taught = (step for step in steps if measured_in(step, max_steps, args.gradient_share_steps, every))
+        scales = [scale for step in taught if (scale := args.kd_scale(step, max_steps))]
+        return statistics.mean(scales) / (args.kd_weight * every) if scales else 0.0
+
+    def _more(self, share: float, scale: float, weight: float) -> str:
         if share == 0:
             return "No weight can change that: are all terms switched off, or is the student the teacher?"
         return (
-            f"0.1 to 0.4 at the start are usual: --kd_weight {weight_for(USUAL_SHARE, share, weight):g} (now {weight:g}) would give "
-            f"it about {USUAL_SHARE:g}."
+            f"0.1 to 0.4 at the start are usual: --kd_weight {weight_for(USUAL_SHARE, share, scale * weight):g} (now "
+            f"{weight:g}) would give it about {USUAL_SHARE:g}."
         )
 
     def _idle(self, logs: Mapping[str, float]) -> dict[str, float]:
@@ -91,15 +124,14 @@ class NoticeIdleTerms(TrainerCallback):
         terms = {name: logs.get(f"gradient_share_{name}") for name, _, _ in self._terms() if f"kd_{name}" in logs}
         return {name: share for name, share in terms.items() if share is not None and share < LEAST_TERM_SHARE}
 
-    def _heavier(self, idle: Mapping[str, float], settings: Mapping | None) -> dict:
-        """``method_config`` with weights that give idle terms the usual share; those without a gradient keep theirs."""
-        settings = copy.deepcopy(dict(settings or {}))
+    def _heavier(self, idle: Mapping[str, float], scale: float) -> dict:
+        """The methods' settings with weights that give idle terms the usual share; those without a gradient keep theirs."""
+        settings = {method.name: changed(method.config) for method in self.methods}
         for name, method, term in self._terms():
             if idle.get(name):
-                its = settings.setdefault(method.name, {}) if len(self.methods) > 1 else settings
-                weight = method.config.weights[term] * USUAL_TERM_SHARE / idle[name]
-                its["weights"] = {**its.get("weights", {}), term: float(f"{weight:.2g}")}
-        return settings
+                weight = scale * method.config.weights[term] * USUAL_TERM_SHARE / idle[name]
+                settings[method.name].setdefault("weights", {})[term] = float(f"{weight:.2g}")
+        return settings if len(self.methods) > 1 else settings[self.methods[0].name]
 
     def _terms(self) -> Iterable[tuple[str, DistillationMethod, str]]:
         for method in self.methods:

@@ -245,7 +245,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the losses' parts since the last log, over all processes."""
-        if "loss" in logs:
+        if "loss" in logs or "train_runtime" in logs:  # at the end, what came after the last log
             logs.update(self._parts.means(self.accelerator))
         super().log(logs, start_time)
 
@@ -381,15 +381,25 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             "steps": self.state.global_step,
         }
         for split, prefix in (("test", "test_"), ("validation", "eval_")):
-            last = next((log for log in reversed(self.state.log_history) if f"{prefix}map" in log), {})
+            its = self._measured(f"{prefix}map")
             student[split] = {
-                name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)
+                name.removeprefix(prefix): value for name, value in its.items() if name.startswith(prefix)
             }
         teacher = None
         if self.teacher is not None:
             teacher = {"name_or_path": self.teacher.name_or_path, "parameters": self.teacher.num_parameters()}
         settings = {"DistillationConfig": self.args.to_dict()}
         return {"student": student, "teacher": teacher, "twin": None, "settings": settings, "versions": versions()}
+
+    def _measured(self, metric: str) -> dict[str, float]:
+        """The last log with a metric, as far as it is of the student in memory: `load_best_model_at_end` brings back an earlier one."""
+        history = self.state.log_history
+        ended = next((place for place in reversed(range(len(history))) if "train_runtime" in history[place]), None)
+        logs = [log for log in history if metric in log]
+        if ended is not None and self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            best = [log for log in history[:ended] if log["step"] == self.state.best_global_step]
+            logs = [log for log in (*best, *history[ended:]) if metric in log]
+        return logs[-1] if logs else {}
 
 
 def _teacher_options(args: DistillationConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import zoo
 from huggingface_hub import ModelCard
 from PIL import Image
-from scenes import processor
+from scenes import Scenes, processor
 
 from hf_detrkd import DistillationConfig, DistillationTrainer
 from hf_detrkd.methods import METHODS
@@ -155,6 +155,38 @@ def test_keywords_of_trainers_own_card(tmp_path):
     assert not {"finetuned_from", "dataset_tags", "dataset", "dataset_args", "tasks"} & data.keys()
     trainer.create_model_card(finetuned_from="org/small", base_model="org/other")
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "org/other"
+
+
+def test_the_card_has_the_numbers_of_the_checkpoint_that_was_loaded(tmp_path):
+    """In training the last evaluation is of other weights where the best ones are loaded at the end."""
+    trainer = DistillationTrainer(
+        zoo.build("rt_detr"),
+        args=DistillationConfig(
+            str(tmp_path),
+            method="none",
+            use_cpu=True,
+            load_best_model_at_end=True,
+            save_strategy="steps",
+            eval_strategy="steps",
+        ),
+        eval_dataset=Scenes(2),
+        processing_class=processor(),
+    )
+    state = trainer.state
+    state.log_history = [{"step": step, "eval_map": step / 10} for step in (2, 4, 6)]
+    assert trainer._results()["student"]["validation"]["map"] == 0.6  # in training
+    state.best_global_step, state.best_model_checkpoint = 2, "checkpoint-2"
+    state.log_history.append({"step": 6, "train_runtime": 1.0})
+    assert trainer._results()["student"]["validation"]["map"] == 0.2
+    state.log_history.append({"step": 6, "eval_map": 0.25})  # evaluated again, after training
+    assert trainer._results()["student"]["validation"]["map"] == 0.25
+
+
+def test_epochs_that_do_not_count_are_left_out(tmp_path):
+    changes = results()
+    changes["settings"]["DistillationConfig"] |= {"max_steps": 500}
+    text = card(tmp_path, **changes).text
+    assert "max_steps" in text and "num_train_epochs" not in text
 
 
 def test_nothing_is_claimed_where_nothing_was_measured(tmp_path):

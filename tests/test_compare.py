@@ -48,7 +48,7 @@ def lab(tmp_path, monkeypatch):
 def clock(seconds: list[float]) -> StepClock:
     """One whose steps took so long."""
     made = StepClock()
-    made.ends = [sum(seconds[:step]) for step in range(len(seconds) + 1)]
+    made.seconds = seconds
     return made
 
 
@@ -61,12 +61,23 @@ def test_time_of_a_step():
     assert clock([2.0, 2.0, 9.0, 2.0, 2.0, 2.0, 2.0]).typical() == 2
 
 
-def test_time_of_a_step_where_every_second_has_a_teacher(tmp_path):
-    """The median of long and short steps would be one of the two."""
-    alternating = clock([3.0, 1.0] * 50)
-    args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, kd_every=2)
-    alternating.on_train_begin(args, TrainerState(), None)
-    assert alternating.typical() == pytest.approx(2)
+@pytest.mark.parametrize("every", [1, 2, 4, 10])
+def test_time_of_a_step_where_some_have_a_teacher(tmp_path, monkeypatch, every):
+    """The median of long and short steps would be one of the two. Evaluations are none of the steps' time, even after every cycle."""
+    now = 0.0
+    monkeypatch.setattr("hf_detrkd.commands.records.time.perf_counter", lambda: now)
+    made = StepClock()
+    args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, kd_every=every)
+    made.on_train_begin(args, TrainerState(), None)
+    for step in range(100):
+        now += 1 if step % every else 3
+        made.on_step_end(args, None, None)
+        if step % every == 0:
+            now += 20
+            made.on_evaluate(args, None, None)
+            now += 5
+            made.on_save(args, None, None)
+    assert made.typical() == pytest.approx(1 + 2 / every)
 
 
 def test_time_of_a_step_where_a_run_with_kd_stop_was_resumed(tmp_path):
@@ -125,9 +136,15 @@ class TestGrid:
         drawn = {f"bccd/drawn/{method}/seed3" for method in ("teacher", "none", "logit_kd", "heavy")}
         assert names == small | drawn | {"bccd/small/teacher", "bccd/small/heavy/seed5"}
 
-    def test_a_pair_with_skipped_seeds_runs(self, lab):
-        grid = lab.grid(data={"bccd": {}}, skip=["bccd/small/*/seed5"])
-        assert set(lab.run(grid).values()) == {"done"}
+    @pytest.mark.parametrize("seed", [3, 5])
+    def test_a_pair_with_skipped_seeds_runs(self, lab, tmp_path, seed):
+        """The first among them: the teacher is measured all the same."""
+        grid = lab.grid(data={"bccd": {}}, skip=[f"bccd/small/*/seed{seed}"])
+        outcomes = lab.run(grid)
+        assert set(outcomes.values()) == {"done"} and "bccd/small/teacher" in outcomes
+        write_summary(grid, tmp_path / "docs", outcomes, say=lambda *_: None)
+        (row,) = json.loads((tmp_path / "docs" / "grid.json").read_text())["rows"][:1]
+        assert row["seeds"] == [8 - seed]
 
     def test_overrides_can_be_a_file(self, lab, tmp_path):
         (tmp_path / "tuned.yaml").write_text("'bccd/small/heavy': {kd_weight: 7}")
@@ -703,6 +720,22 @@ class TestSummary:
         assert {row["method"]: row["seeds"] for row in kept["rows"]} == {"logit_kd": [3], "heavy": [3]}
         assert "seed5: to do; its record is left out: the teacher here" in (output / "grid.md").read_text()
 
+    def test_a_record_of_a_machine_with_other_number_formats_goes_on(self, lab, tmp_path):
+        """transformers refuses bf16 without a GPU; of a record nothing is run."""
+        chosen = choose(FAMILIES["rt_detr"])
+        ran = {"method": list(chosen.method), "method_config": chosen.method_config, "kd_decay": chosen.kd_decay}
+        wishes = {name: {"config": {"bf16": True}} for name in ("bccd__small__teacher", "bccd__small__none__seed3")}
+        lab.wish(**wishes, bccd__small__auto__seed3={"config": {"bf16": True, **ran}})
+        sections = {"methods": {"auto": {}}, "seeds": [3], "data": {"bccd": {}}}
+        grid, output = lab.grid(**sections, common={**GRID["common"], "bf16": True}), tmp_path / "docs"
+        write_summary(grid, output, lab.run(grid), say=lambda *_: None)
+        shutil.rmtree(lab.folder / "runs")
+        write_summary(grid, output, {}, say=lambda *_: None)
+        assert len(json.loads((output / "grid.json").read_text())["rows"]) == 1
+        said = []
+        write_summary(lab.grid(**sections, common={**GRID["common"], "bf16": False}), output, {}, say=said.append)
+        assert any("bf16 was True and is False" in line for line in said)
+
     @pytest.mark.parametrize(
         ("change", "left_out", "reason"),
         [
@@ -908,6 +941,8 @@ def test_a_twin_alone_is_the_twin_of_a_distilled_run(tmp_path, monkeypatch):
     processor["size"] = {"height": 2 * zoo.SIZE, "width": 2 * zoo.SIZE}
     settings.write_text(json.dumps(processor))
     student = test_commands.save(tmp_path / "student", test_commands.NAMES, decoder_layers=2)
+    peaks = iter([100.0])  # before the first training; then a process has the same peak to its end
+    monkeypatch.setattr("hf_detrkd.commands.training.peak_memory", lambda: next(peaks, 150.0))
     flags = ["--teacher_model_name_or_path", teacher, "--model_name_or_path", student, "--max_steps", "3"]
     flags += ["--inherit_from_teacher", "true", "--sheet_images", "0", "--eval_strategy", "steps", "--eval_steps", "2"]
     flags += ["--logging_steps", "1", "--kd_weight", "2", *test_commands.QUICK]
@@ -928,7 +963,8 @@ def test_a_twin_alone_is_the_twin_of_a_distilled_run(tmp_path, monkeypatch):
         assert pair[0] == pair[1]
     assert both["student"]["initial_digest"] == both["twin"]["initial_digest"]
     row = both["student"]
-    assert row["model_type"] == "rt_detr" and row["step_seconds"] > 0 and row["peak_memory_MiB"] > 0
+    assert row["model_type"] == "rt_detr" and row["step_seconds"] > 0
+    assert (row["peak_memory_MiB"], both["twin"]["peak_memory_MiB"]) == (150, None)
     assert 0 < row["gradient_shares"]["kd"] < 1 and row["curve"][0][0] == 2
     assert alone["student"]["gradient_shares"] == {}
 

@@ -19,7 +19,7 @@ from hf_detrkd.commands.arguments import DataArguments, ModelArguments, parse
 from hf_detrkd.commands.evaluate import EvaluateArguments
 from hf_detrkd.reporting import live, report
 from hf_detrkd.reporting.live import WriteReport
-from hf_detrkd.reporting.report import WHICH_DATA, commands, duration, write_report
+from hf_detrkd.reporting.report import WHICH_DATA, commands, costs, duration, write_report
 from hf_detrkd.reporting.run import read_run
 
 NASTY = '<script>alert("&")</script>'
@@ -322,3 +322,9 @@ def test_an_earlier_run_s_twin_is_not_this_one_s(tmp_path):
     (folder / "results.json").write_text(json.dumps(results | {"twin": None}))
     assert set(read_run(folder).states) == {"student"}
     assert "No twin was trained" in read(write_report(folder)).text
+
+
+def test_what_a_run_that_was_resumed_cost_is_not_known():
+    """Its training time is that of the last session alone."""
+    rows = {"student": {"train_seconds": 4.2, "resumed_from": "checkpoint-900"}, "twin": {"train_seconds": 3600.0}}
+    assert ["training time", "-", "60 min"] in costs(rows)

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForObjectDetection,
     DetrImageProcessor,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -26,7 +27,9 @@ from hf_detrkd import DistillationConfig, DistillationModel, DistillationTrainer
 from hf_detrkd.checkpoints import STATE_NAME
 from hf_detrkd.data import DetectionCollator
 from hf_detrkd.detectors import digest
-from hf_detrkd.gradient_shares import measured_in
+from hf_detrkd.families import adapter_for
+from hf_detrkd.gradient_shares import NoticeIdleTerms, measured_in
+from hf_detrkd.methods import build_methods
 
 KD_DETR = {"general_points": 4}
 
@@ -135,7 +138,12 @@ def test_logs_every_part_and_its_share_of_the_gradient(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "warned"),
-    [({}, False), ({"kd_weight": 1e-5}, True), ({"kd_weight": 1e-5, "kd_warmup_steps": 100}, False)],
+    [
+        ({}, False),
+        ({"kd_weight": 1e-5}, True),
+        ({"kd_weight": 1e-5, "kd_warmup_steps": 100}, False),
+        ({"kd_weight": 1e-5, "kd_every": 2}, True),
+    ],
 )
 def test_distillation_that_does_nothing_is_noticed(tmp_path, monkeypatch, settings, warned):
     said = []
@@ -144,7 +152,7 @@ def test_distillation_that_does_nothing_is_noticed(tmp_path, monkeypatch, settin
     assert len(said) == warned
     if warned:
         proposed = re.search(r"--kd_weight (\S+) \(now 1e-05\)", said[0])[1]
-        again = trainer(tmp_path, gradient_share_steps=1, logging_steps=1, kd_weight=float(proposed))
+        again = trainer(tmp_path, gradient_share_steps=1, logging_steps=1, **{**settings, "kd_weight": float(proposed)})
         again.train()
         assert again.state.log_history[0]["gradient_share_kd"] == pytest.approx(0.3, abs=0.05)
 
@@ -154,12 +162,14 @@ def test_terms_that_do_nothing_are_noticed_and_the_weights_that_are_proposed_are
     said = []
     monkeypatch.setattr("hf_detrkd.gradient_shares.logger.warning", said.append)
     config = {"general_points": 7, "weights": {"general_l1": 1e-7, "general_giou": 0.0}}
-    settings = {"method": method, "gradient_share_steps": 1, "logging_steps": 1}
+    settings = {"method": method, "gradient_share_steps": 1, "logging_steps": 1, "kd_decay": "linear"}
     several = len(method) > 1
     trainer(tmp_path, method_config={"kd_detr": config} if several else config, **settings).train()
     (message,) = said
     name = "kd_detr_general_l1" if several else "general_l1"
-    named, proposed = re.search(r"norm: (.*?)\. The student .*--method_config '(.*)'$", message).groups()
+    named, proposed = re.search(
+        r"norm: (.*?)\. The student .*--method_config '(.*)' --kd_decay linear$", message
+    ).groups()
     assert re.fullmatch(rf"{name} \d.\d?e-\d\d", named)  # none that is switched off, and no other
     assert f"--method {' '.join(method)} " in message
 
@@ -171,6 +181,57 @@ def test_terms_that_do_nothing_are_noticed_and_the_weights_that_are_proposed_are
     again.train()
     assert again.state.log_history[0][f"gradient_share_{name}"] == pytest.approx(0.1, abs=0.03)
     assert not said
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "proposed"),
+    [
+        ({"kd_warmup_steps": 50}, 0.0056, None),  # 0.44 of the weight when it was measured, more in the mean of the log
+        ({"kd_warmup_steps": 30}, 0.0056, 0.02 * (0.3 / 0.7) / (0.0056 / 0.9944) * 22 / 30),
+        ({"kd_stop": 30}, 0.0056, 0.02 * (0.3 / 0.7) / (0.0056 / 0.9944)),  # three eighths of it in the mean of the log
+    ],
+)
+def test_the_scale_in_the_steps_that_were_measured_counts(tmp_path, monkeypatch, settings, share, proposed):
+    said = []
+    monkeypatch.setattr("hf_detrkd.gradient_shares.logger.warning", said.append)
+    args = config(tmp_path, kd_weight=0.02, max_steps=200, logging_steps=80, gradient_share_steps=500, **settings)
+    notice, state = NoticeIdleTerms([]), TrainerState(max_steps=200)
+    notice.on_train_begin(args, state, None)
+    state.global_step = 80
+    scale = sum(args.kd_scale(step, 200) for step in range(80)) / 80
+    notice.on_log(args, state, None, {"gradient_share_kd": share, "kd_scale": scale})
+    assert len(said) == (proposed is not None)
+    if proposed:
+        assert float(re.search(r"--kd_weight (\S+) \(now", said[0])[1]) == pytest.approx(proposed, rel=0.01)
+
+
+def test_shares_measured_after_the_last_log_are_not_lost(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_detrkd.gradient_shares.logger.warning", said.append)
+    run = trainer(tmp_path, max_steps=5, logging_steps=4, gradient_share_steps=5, kd_weight=1e-5)
+    run.train()
+    assert "gradient_share_kd" in run.state.log_history[-1] and len(said) == 1
+
+
+def test_weights_are_proposed_for_the_methods_that_run(tmp_path, monkeypatch):
+    """Not for those of the settings, which may say nothing of them: instances, or a null in a YAML file."""
+    said = []
+    monkeypatch.setattr("hf_detrkd.gradient_shares.logger.warning", said.append)
+    pair = adapter_for(zoo.build("rt_detr")), adapter_for(zoo.build("rt_detr"))
+    for names, given, share in (
+        (["kd_detr"], {"general_points": 7, "temperature": 2.0}, "specific_l1"),
+        (["features", "kd_detr"], {"features": None, "kd_detr": {"general_points": 7}}, "features_feature"),
+    ):
+        several = len(names) > 1
+        args = config(tmp_path, method=names, method_config=given if several else None, gradient_share_steps=1)
+        notice, state = NoticeIdleTerms(build_methods(names, given, *pair)), TrainerState(max_steps=3)
+        notice.on_train_begin(args, state, None)
+        state.global_step = 3
+        logs = {"gradient_share_kd": 0.3, "kd_scale": 1.0, f"gradient_share_{share}": 1e-5, f"kd_{share}": 1.0}
+        notice.on_log(args, state, None, logs)
+        proposed = json.loads(re.search(r"--method_config '(.*)'", said.pop())[1])
+        its, heavier = (proposed["kd_detr"], proposed["features"]) if several else (proposed, proposed)
+        assert its["general_points"] == 7 and set(heavier["weights"]) == {share.removeprefix("features_")}
 
 
 @pytest.mark.parametrize(

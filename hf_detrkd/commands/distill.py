@@ -222,8 +222,6 @@ def distill(
         results |= {"environment": environment(args.device)}
         if teacher is not None:
             results["teacher"] |= costs["teacher"]
-    if teacher is not None and args.shard_teacher:
-        teacher.to("cpu")  # the trainer shards a copy; the device has no room for a whole one beside it
     if extra.only_teacher:
         results |= recorded
         if args.should_save:
@@ -240,6 +238,8 @@ def distill(
     histories, reports = {}, Reports()
     forget_earlier(args)
     for role, (model, arguments, its_teacher) in runs.items():
+        if teacher is not None and (its_teacher is None or args.shard_teacher):
+            teacher.to("cpu")  # a twin's memory is its own; and of a sharded teacher the trainer takes a copy
         with reports.writing(UNFINISHED):
             write_unfinished({"student": None, **results}, args)
         say(f"\n{role}: {model.num_parameters() / 1e6:.2f} M parameters, method {'+'.join(arguments.method)}")

@@ -85,7 +85,7 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
             raise ValueError(
                 f"{path}: {name!r} is a twin, without a teacher, and sets {sorted(fields)}: leave out the method's."
             )
-    cells = []
+    cells, measured = [], set()
     for seed in content["seeds"]:
         for data, data_flags in content["data"].items():
             for pair, pair_flags in content["pairs"].items():
@@ -99,8 +99,9 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
                 ]
                 _check_whole(path, group)
                 _check_alike(path, group)
-                if group and (drawn or seed == content["seeds"][0]):
+                if group and (drawn or folder not in measured):
                     cells.append(_teacher(folder, group[0], seed if drawn else None))
+                    measured.add(folder)
                 cells += group
     return Grid(path.stem, split, tuple(content["seeds"]), tuple(cells))
 

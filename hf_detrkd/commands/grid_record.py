@@ -17,6 +17,8 @@ from .records import settings
 
 REPRODUCED = ("initial_digest", "steps", "validation", "test")
 """In what a twin that was run here must be as the recorded one, to the last digit."""
+OF_THE_DEVICE = frozenset({"bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval"})
+"""Flags that transformers refuses on a machine without the device, where nothing of the record is run."""
 
 
 def continue_record(grid: Grid, here: Mapping[str, Any], recorded: Mapping[str, Any]) -> tuple[dict, dict[str, str]]:
@@ -78,11 +80,12 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
 
 def _as_run(cell: Cell, ran: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's flags as its run records them: numbers that YAML takes for text (1e-3) are numbers, and `auto` is what it chose."""
-    *groups, args = parse(ARGUMENTS, [], defaults=cell.recipe)
+    *groups, args = parse(ARGUMENTS, [], defaults={k: v for k, v in cell.recipe.items() if k not in OF_THE_DEVICE})
     if cell.method != TEACHER:
         args = settled(args, FAMILIES[ran["model_type"]])
     recorded = json.loads(json.dumps(settings(*groups, args), default=str))
-    return {**_flags(recorded), "method": "+".join(args.method)}
+    of_device = {name: cell.recipe[name] for name in OF_THE_DEVICE & cell.recipe.keys()}
+    return {**_flags(recorded), **of_device, "method": "+".join(args.method)}
 
 
 def _flags(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,14 +29,17 @@ from .setup import Data, write_json
 TIMED = 10
 """Calls of each model whose latency is recorded: enough for a median, and seconds even on a CPU."""
 PARTS, STEPS_OF_A_PART = 20, 5
-"""Parts of a run over which the time of its steps is averaged; fewer where they would have fewer steps than this."""
+"""Parts of a run over which the time of its steps is averaged; fewer where they would have fewer steps (cycles of them) than this."""
 
 
 class StepClock(TrainerCallback):
-    """Times steps from the end of one to the end of the next, so the loading of data counts."""
+    """Times steps from the end of one to the end of the next, so the loading of data counts; evaluations and checkpoints in between
+    don't."""
 
     def __init__(self):
-        self.ends: list[float] = []
+        self.seconds: list[float] = []
+        """Of every step but the first."""
+        self.since: float | None = None
         self.cycle = 1
         """Steps of which one has a teacher."""
         self.lacks_a_part = False
@@ -47,24 +50,32 @@ class StepClock(TrainerCallback):
         self.lacks_a_part = state.global_step > 0 and args.kd_stop > 0 and args.method != ["none"]
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        now = time.perf_counter()
+        if self.since is not None:
+            self.seconds.append(now - self.since)
+        self.since = now
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.since = time.perf_counter()
+
+    on_save = on_evaluate
 
     def typical(self) -> float | None:
         """Seconds of a step: the mean, over twenty parts of the run, of the part's median.
 
-        By the medians evaluations and checkpoints, and what else the machine did now and then, don't count; by the parts the
-        steps after `kd_stop`, which are shorter, count for as many as they are; and the median is that of whole cycles of
-        `kd_every` steps. None where there were fewer than two steps (or than a cycle), and with `kd_stop` in a run that was
-        resumed.
+        By the medians what the machine did now and then doesn't count; by the parts the steps after `kd_stop`, which are shorter,
+        count for as many as they are; and each of the `kd_every` steps of a cycle has a median of its own. None where fewer
+        steps than a cycle were timed, and with `kd_stop` in a run that was resumed.
         """
-        if self.lacks_a_part:
+        if self.lacks_a_part or len(self.seconds) < self.cycle:
             return None
-        cycles = zip(self.ends, self.ends[self.cycle :], strict=False)
-        seconds = [(end - start) / self.cycle for start, end in cycles]
-        parts = max(1, min(PARTS, len(seconds) // STEPS_OF_A_PART))
-        bounds = [round(part * len(seconds) / parts) for part in range(parts + 1)]
-        medians = [statistics.median(seconds[a:b]) for a, b in pairwise(bounds) if b > a]
-        return statistics.mean(medians) if medians else None
+        cycles = len(self.seconds) // self.cycle
+        parts = max(1, min(PARTS, cycles // STEPS_OF_A_PART))
+        bounds = [round(part * cycles / parts) * self.cycle for part in range(parts)] + [len(self.seconds)]
+        return statistics.mean(
+            statistics.mean(statistics.median(self.seconds[a + step : b : self.cycle]) for step in range(self.cycle))
+            for a, b in pairwise(bounds)
+        )
 
 
 def peak_memory() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,11 @@ def same_settings(checkpoint: str | None, now: Mapping[str, Mapping[str, Any]]) 
     begun = json.loads(file.read_text(encoding="utf-8")).get("settings", {})
     now = json.loads(json.dumps(now, default=str))  # as it would be written
     different = {
-        name: f"{name} {its[name]!r} -> {values[name]!r}"
+        name: f"{name} {was!r} -> {will!r}"
         for group, inside in now.items()
-        for values, its in [(flat(inside), flat(begun.get(group, {})))]
-        for name in values.keys() & its.keys()  # another version may have more settings
-        if its[name] != values[name] and HARMLESS.isdisjoint(name.split("."))
+        for setting in inside.keys() & begun.get(group, {}).keys()  # another version may have more
+        for name, was, will in _compared(setting, begun[group][setting], inside[setting])
+        if was != will and HARMLESS.isdisjoint(name.split("."))
     }
     if different:
         raise ValueError(
@@ -77,6 +77,15 @@ def same_settings(checkpoint: str | None, now: Mapping[str, Mapping[str, Any]]) 
             f"Pass those of the first run, or choose another --output_dir for a new one; to go on with the new ones all the same, "
             f"remove {file}."
         )
+
+
+def _compared(setting: str, was: Any, will: Any) -> Iterator[tuple[str, Any, Any]]:
+    """A setting's values, or those inside of it, by name: as they were, and as they will be."""
+    one, other = flat({setting: was}), flat({setting: will})
+    # What transformers fills in (`accelerator_config`) may have more in another version; these are as the user wrote them
+    written = setting == "method_config" or setting.endswith("_kwargs")
+    for name in sorted(one.keys() | other.keys() if written else one.keys() & other.keys()):
+        yield name, one.get(name), other.get(name)
 
 
 def found_by_all(checkpoint: str | None) -> str | None:

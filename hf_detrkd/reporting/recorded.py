@@ -87,10 +87,12 @@ def setting(results: Mapping[str, Any], group: str, name: str) -> Any:
 def settings_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """Name and value of the `SETTINGS` that a run has, and of its augmentation."""
     rows = []
+    steps = setting(results, "DistillationConfig", "max_steps") or -1
+    without_effect = "max_steps" if steps < 0 else "num_train_epochs"
     for group, names in SETTINGS.items():
         for name in names:
             value = setting(results, group, name)
-            if value is not None and value is not False and not (name == "max_steps" and value < 0):
+            if value is not None and value is not False and name != without_effect:
                 rows.append([name, f"{value:g}" if isinstance(value, float) else str(value)])
     augmentation = results.get("data", {}).get("augmentation") or {}
     return [

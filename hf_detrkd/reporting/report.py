@@ -188,8 +188,13 @@ def costs(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         "step (s)": ("step_seconds", lambda value: f"{value:.3g}"),
         "peak memory (MiB)": ("peak_memory_MiB", lambda value: f"{value:.0f}"),
     }
+
+    def known(row: Mapping[str, Any], key: str) -> Any:
+        # The time of a run that was resumed is that of its last session
+        return None if key == "train_seconds" and row.get("resumed_from") else row.get(key)
+
     lines = [
-        [title, *("-" if row.get(key) is None else text(row[key]) for row in rows.values())]
+        [title, *("-" if (value := known(row, key)) is None else text(value) for row in rows.values())]
         for title, (key, text) in quantities.items()
     ]
     return [line for line in lines if set(line[1:]) != {"-"}]

@@ -158,6 +158,7 @@ def _row(name: str, method: str, both: Mapping[int, tuple[Mapping, Mapping]], te
     )
     low, high = interval(deltas)
     gap = teacher_map - base["map"]
+    peaks = [row["peak_memory_MiB"] for row in students if row["peak_memory_MiB"] is not None]
     shares = [row["gradient_shares"]["kd"] for row in students if "kd" in row["gradient_shares"]]
     return _rounded(
         {
@@ -183,7 +184,7 @@ def _row(name: str, method: str, both: Mapping[int, tuple[Mapping, Mapping]], te
             "twin_metrics": base,
             "gains": {name: metrics[name] - base[name] for name in names},
             "kd_share": 100 * statistics.mean(shares) if shares else None,
-            "peak_memory_MiB": statistics.mean(row["peak_memory_MiB"] for row in students),
+            "peak_memory_MiB": statistics.mean(peaks) if peaks else None,
         }
     )
 
