@@ -125,7 +125,7 @@ class DistillationModel(nn.Module):
 
 
 def view_targets(labels: Sequence[Mapping[str, Tensor]], classes: tuple[int, ...] | None) -> list[dict[str, Tensor]]:
-    """The targets as the views count classes; objects of classes that the views leave out are left out.
+    """The targets as the views count classes; of objects of classes that the views leave out there is the place alone.
 
     Args:
         labels: per image ``class_labels`` (N,) and ``boxes`` (N, 4), classes as the student's head has them.
@@ -138,5 +138,6 @@ def view_targets(labels: Sequence[Mapping[str, Tensor]], classes: tuple[int, ...
     for target in targets:
         same = target["class_labels"][:, None] == kept
         shared = same.any(-1)
+        target["other_boxes"] = target["boxes"][~shared]
         target["class_labels"], target["boxes"] = same.int().argmax(-1)[shared], target["boxes"][shared]
     return targets

@@ -164,6 +164,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
             self.teacher.to(self.args.device)
             if self.is_world_process_zero():
                 logger.warning(self.label_map.table())
+                self._name_untaught()
         if args.compile_models:
             for its in filter(None, (adapter, self.teacher_adapter)):
                 its.compile()
@@ -175,6 +176,16 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     def _wrapper(self) -> DistillationModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _name_untaught(self) -> None:
+        """Warns of the student's classes that no loss is about."""
+        untaught = set(range(len(self.label_map.student_names))) - set(self.label_map.student_classes)
+        if untaught and self.args.detection_weight == 0:
+            names = ", ".join(self.label_map.student_names[index] for index in sorted(untaught))
+            logger.warning(
+                f"`detection_weight` is 0 and the teacher doesn't know {len(untaught)} of the student's classes, so nothing teaches "
+                f"them: {names}. Give the task loss a weight, or the student these classes no more."
+            )
 
     # -- the teacher -------------------------------------------------------------------------------------------------
 

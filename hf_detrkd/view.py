@@ -125,7 +125,7 @@ class DetrView:
     memory_shapes: tuple[tuple[int, int], ...]
     """(h, w) of every level of the memory, fine to coarse."""
     memory_mask: Tensor | None
-    """(B, S) True = real; None where the family knows no padding."""
+    """(B, S) True = real; None where the model was given no mask of the pixels and makes none itself."""
     features: tuple[Tensor, ...]
     """Per level (B, C, h, w), fine to coarse, as the backbone gives them."""
     self_attentions: AttentionMaps | None = None
@@ -156,7 +156,7 @@ class DetrView:
         )
 
     def memory_masks(self) -> tuple[Tensor, ...]:
-        """Per level (B, h, w), True = real; all True where the family knows no padding."""
+        """Per level (B, h, w), True = real; all True where there is no mask."""
         mask = self.memory_mask
         if mask is None:
             mask = torch.ones(self.memory.shape[:2], dtype=torch.bool, device=self.memory.device)

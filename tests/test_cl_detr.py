@@ -13,6 +13,7 @@ from hf_detrkd import DistillationModel
 from hf_detrkd.families import adapter_for
 from hf_detrkd.methods import build_methods
 from hf_detrkd.methods.cl_detr import CLDetr, CLDetrConfig, pseudo_targets
+from hf_detrkd.model import view_targets
 
 EMPTY = {"class_labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
 
@@ -73,6 +74,18 @@ def test_boxes_are_cut_to_the_image():
     boxes = torch.tensor([[box(-4, 2, 4, 4), box(12, 2, 14, 4)]])
     (extended,) = pseudo_targets(scores, boxes, [EMPTY])
     torch.testing.assert_close(extended["boxes"], torch.tensor([box(0, 2, 4, 4)]))
+
+
+def test_objects_of_classes_that_the_teacher_lacks_are_no_pseudo_objects():
+    """The teacher calls them something else; that they are targets of no term doesn't make them that."""
+    labels = [{"class_labels": torch.tensor([3, 1]), "boxes": torch.tensor([box(0, 0, 4, 4), box(6, 6, 9, 9)])}]
+    (targets,) = view_targets(labels, (0, 1))
+    assert targets["class_labels"].tolist() == [1] and torch.equal(targets["other_boxes"], labels[0]["boxes"][:1])
+    scores = torch.tensor([[[0.9, 0.1], [0.8, 0.1]]])
+    boxes = torch.tensor([[box(0, 0, 4, 4), box(1, 6, 3, 9)]])
+    (extended,) = pseudo_targets(scores, boxes, [targets], top_k=2, min_score=0.5)
+    assert extended["class_labels"].tolist() == [1, 0]
+    torch.testing.assert_close(extended["boxes"], torch.cat([targets["boxes"], boxes[0, 1:]]))
 
 
 def test_targets_come_first_and_are_left_alone():

@@ -143,10 +143,9 @@ def test_shapes_are_what_the_adapter_says(name, mode):
     if view.queries.reference is not None:
         assert view.queries.reference.shape == (batch, queries, adapter.reference_size)
     assert ("content" in adapter.provides) == bool(view.queries.content.any())
-    assert ("padding" in adapter.provides) == (view.memory_mask is not None)
-    if view.memory_mask is not None:
-        assert view.memory_mask.dtype == torch.bool and view.memory_mask.shape == (batch, tokens)
-        assert view.memory_mask[0].all() and not view.memory_mask[1].all()
+    # Where the padding lies the view knows also of families that don't read masks
+    assert view.memory_mask.dtype == torch.bool and view.memory_mask.shape == (batch, tokens)
+    assert view.memory_mask[0].all() and not view.memory_mask[1].all()
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.REPLAYED if n not in DETR_LIKE])
@@ -229,10 +228,13 @@ def test_padding(name):
     _, changed = run(adapter, {**inputs, "pixel_values": noisy})
     close(view.logits[:, 0], changed.logits[:, 0])  # no padding in the first image
     assert not torch.allclose(view.features[0][1], changed.features[0][1], atol=1e-2)
-    if "padding" not in adapter.provides:
-        assert view.memory_mask is None
-        return
     assert view.memory_mask[0].all() and not view.memory_mask[1].all()
+    if "padding" not in adapter.provides:
+        if "replay" in adapter.provides:
+            assert torch.equal(view.replay(view.queries).memory_mask, view.memory_mask)
+        without = {name: value for name, value in inputs.items() if name != "pixel_mask"}
+        assert run(adapter, without)[1].memory_mask is None
+        return
     memory = view.memory.masked_fill(~view.memory_mask[..., None], 3.0)
     elsewhere = replace(view, decoder_arguments={**view.decoder_arguments, "encoder_hidden_states": memory})
     same_predictions(view, elsewhere.replay(view.queries))

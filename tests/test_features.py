@@ -116,19 +116,28 @@ def test_mgd():
         torch.nn.init.dirac_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     student, teacher = maps((2.0, 2.0), (2.0, 2.0)).requires_grad_(), maps((1.0, 1.0), (1.0, 1.0))
-    distance = feature_mse(generation(student, 0.0, None), teacher, real(teacher))
+    distance = feature_mse(generation(student, real(student), 0.0, None), teacher, real(teacher))
     assert 4 * 2e-5 * distance.item() == pytest.approx(8e-5)  # the released sum over four cells, alpha 2e-5
     torch.nn.init.constant_(generation.layers[0].bias, 0.5)
-    feature_mse(generation(student, 1.0, None), teacher, real(teacher)).backward()
+    feature_mse(generation(student, real(student), 1.0, None), teacher, real(teacher)).backward()
     assert not student.grad.any()
 
 
 def test_mgd_leaves_out_a_share_of_the_cells():
     generation = MaskedGeneration(3)
-    generation.layers = torch.nn.Identity()
-    out = generation(torch.ones(2, 3, 40, 40), 0.65, torch.Generator().manual_seed(0))
+    generation.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    x = torch.ones(2, 3, 40, 40)
+    out = generation(x, real(x), 0.65, torch.Generator().manual_seed(0))
     assert (out == out[:, :1]).all()  # the same cells in all channels
     assert (out == 0).float().mean().item() == pytest.approx(0.65, abs=0.03)
+
+
+def test_mgd_sees_nothing_of_the_padding():
+    generation, mask = MaskedGeneration(3), torch.ones(2, 4, 4, dtype=torch.bool)
+    x = random_maps(0, 2, 3, 4, 4)
+    padded = torch.nn.functional.pad(x, (0, 2, 0, 1), value=7.0)
+    out = generation(padded, torch.nn.functional.pad(mask, (0, 2, 0, 1)), 0.0, None)
+    torch.testing.assert_close(out[..., :4, :4], generation(x, mask, 0.0, None))
 
 
 def test_cwd():

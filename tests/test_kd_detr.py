@@ -133,6 +133,15 @@ def test_batch_size_is_no_factor(images):
         torch.testing.assert_close(value, scripted()[1][name], rtol=1e-5, atol=1e-7)
 
 
+def test_the_released_normalisation_is_the_same_among_processes(monkeypatch):
+    """A sum over this process's images, whatever the others have."""
+    setting = {"class_normalization": "released"}
+    alone = scripted(setting)[1]["specific_class"]
+    for module in ("losses.reduction", "methods.kd_detr"):
+        monkeypatch.setattr(f"hf_detrkd.{module}.mean_over_processes", lambda value: 3 * value)
+    close(scripted(setting)[1]["specific_class"], alone.item())
+
+
 def test_bernoulli_by_hand():
     """First query .327813, second 0; temperature 1 whatever is set."""
     _, terms = scripted({"class_loss": "bernoulli"})

@@ -301,6 +301,16 @@ def test_the_teacher_works_in_every_second_step_only(tmp_path):
     assert ["gradient_share_kd" in log for log in logs] == [True, False, True, False]
 
 
+def test_classes_that_nothing_teaches_are_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_detrkd.trainer.logger.warning", said.append)
+    for weight, warned in ((1.0, 0), (0.0, 1)):
+        said.clear()
+        trainer(tmp_path, classes=zoo.CLASSES - 2, detection_weight=weight)
+        named = [line for line in said if "`detection_weight` is 0" in line]
+        assert len(named) == warned and all("class 3, class 4" in line for line in named)
+
+
 def test_backbone_has_a_learning_rate_of_its_own(tmp_path):
     run = trainer(tmp_path, backbone_lr_factor=0.1, learning_rate=1e-3)
     run.create_optimizer()

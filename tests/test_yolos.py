@@ -8,6 +8,7 @@ import zoo
 
 from hf_detrkd import DistillationModel
 from hf_detrkd.families import adapter_for
+from hf_detrkd.grids import extents, frames_differ
 from hf_detrkd.losses.detection import task_loss
 from hf_detrkd.methods import build_methods
 
@@ -111,6 +112,15 @@ def test_autocast(labels):
     assert not torch.equal(view.boxes, view.boxes.bfloat16().float())
     assert (view.logits - exact.logits).abs().mean() < 0.1 * exact.logits.std()
     view.logits.sum().backward()
+
+
+def test_the_padding_lies_where_the_partner_sees_it():
+    """YOLOS reads no pixel mask, but its image fills no more of the pixels for that."""
+    batch = zoo.batch(pad=True, labels=False)
+    views = [adapter_for(zoo.build(name)).forward(batch)[1] for name in ("yolos", "detr")]
+    assert not frames_differ(*views)
+    shares = [extents(view.memory_masks()[0]) / torch.tensor(view.memory_shapes[0]) for view in views]
+    assert torch.equal(*shares) and shares[0].tolist() == [[1, 1], [1, 0.5]]
 
 
 def test_one_layer_is_supervised():

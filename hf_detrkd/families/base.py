@@ -73,6 +73,8 @@ class FamilyAdapter(DecoderContract):
             with enough_places(self.model):
                 output = self.model(**inputs)
             self.layer_predictions()
+        if self.memory_mask_argument is None and inputs.get("pixel_mask") is not None:
+            call.memory_mask = capture.cells_of(inputs["pixel_mask"], self.memory_shapes(call))
         part = self.own(len(call))
         view = self.view_of(call, part, self.queries(call, part), call.predictions, attentions)
         return output, replace(view, proposals=self.proposals(output, view))
@@ -146,13 +148,17 @@ class FamilyAdapter(DecoderContract):
             hidden, logits, boxes = self.heads(call, part)
         return hidden, at_least_float32(logits), at_least_float32(boxes)
 
+    def memory_shapes(self, call: DecoderCall) -> tuple[tuple[int, int], ...]:
+        """(h, w) of every level of the memory, fine to coarse."""
+        shapes = call.arguments.get("spatial_shapes_list") or [call.features[-1].shape[-2:]]
+        return tuple((int(height), int(width)) for height, width in shapes)
+
     def view_of(
         self, call: DecoderCall, part: slice, queries: Queries, predictions: Sequence[Tensor], attentions: bool
     ) -> DetrView:
         """The view of some queries of a call, from their `predict`."""
         hidden, logits, boxes = predictions
         arguments, mask = call.arguments, self.memory_mask_argument
-        shapes = arguments.get("spatial_shapes_list") or [call.features[-1].shape[-2:]]
         among_queries, to_memory = self.attention_maps(call, part) if attentions else (None, None)
         of_queries = {"inputs_embeds", self.position_argument, self.mask_argument}
         arguments = {name: x for name, x in arguments.items() if name not in of_queries}
@@ -166,8 +172,8 @@ class FamilyAdapter(DecoderContract):
             classification=self.classification,
             queries=queries,
             memory=self.memory(call),
-            memory_shapes=tuple((int(height), int(width)) for height, width in shapes),
-            memory_mask=arguments[mask].bool() if mask else None,
+            memory_shapes=self.memory_shapes(call),
+            memory_mask=arguments[mask].bool() if mask else call.memory_mask,
             features=call.features,
             self_attentions=among_queries,
             cross_attentions=to_memory,

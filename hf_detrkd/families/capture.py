@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
@@ -32,6 +33,8 @@ class DecoderCall:
     locations: list[Tensor] = field(default_factory=list)
     """L times (B, N, H, ..., 2), where the sampling points lie."""
     features: tuple[Tensor, ...] = ()
+    memory_mask: Tensor | None = None
+    """(B, S) of families whose decoder takes none."""
     predictions: tuple[Tensor, Tensor, Tensor] | None = None
     """Hidden states, logits and boxes of the model's own queries, once they were asked for."""
 
@@ -125,3 +128,9 @@ def set_training(stack: ExitStack, module: nn.Module, training: bool) -> None:
     """Sets the flag of one module, not of its children, until the stack is closed."""
     stack.callback(setattr, module, "training", module.training)
     module.training = training
+
+
+def cells_of(pixel_mask: Tensor, shapes: Iterable[tuple[int, int]]) -> Tensor:
+    """(B, S) True = real, of the cells of all levels, from a mask of the pixels (B, height, width); as transformers' encoders do."""
+    mask = pixel_mask[:, None].float()
+    return torch.cat([interpolate(mask, size=shape).flatten(1) > 0 for shape in shapes], dim=1)

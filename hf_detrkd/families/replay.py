@@ -37,7 +37,7 @@ def replay(
     memory = view.decoder_arguments
     if detach_memory:
         memory = {name: x.detach() if isinstance(x, Tensor) else x for name, x in memory.items()}
-    call = DecoderCall(features=view.features)
+    call = DecoderCall(features=view.features, memory_mask=view.memory_mask)
     with ExitStack() as stack:
         groups = adapter.prepare_replay(stack, groups)
         call.arguments = {**memory, **_query_arguments(adapter, view, groups)}

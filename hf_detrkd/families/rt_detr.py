@@ -16,7 +16,7 @@ from .proposals import proposals_of
 
 
 class RTDetrAdapter(FamilyAdapter):
-    """RT-DETR. Pixel masks are not read, so views have no memory mask."""
+    """RT-DETR. Pixel masks are not read; views take from them where the padding lies."""
 
     reference_argument = "reference_points"
     reference_is_logit = True

@@ -20,7 +20,8 @@ class YolosAdapter(FamilyAdapter):
     Views have one layer, the last, on which alone the heads are trained. Memory, and the one feature map, are the
     patches as the detection tokens attend to them there, after the norm before its attention; what the last layer makes
     of the patches is read by nothing and trained by nothing. Attention maps are those of the last layer, from the
-    detection tokens, normalised over detection tokens and over patches each. Pixel masks are not read.
+    detection tokens, normalised over detection tokens and over patches each. Pixel masks are not
+    read; views take from them where the padding lies.
     """
 
     classification = "softmax"

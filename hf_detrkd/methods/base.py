@@ -68,7 +68,8 @@ class DistillationMethod(nn.Module):
         Args:
             student: the student's view of the batch, with graph.
             teacher: the teacher's view of the same images, without graph. Both have the same K classes in the same order.
-            targets: per image ``class_labels`` (N,) in the student's label list and ``boxes`` (N, 4).
+            targets: per image ``class_labels`` (N,) among the views' classes and ``boxes`` (N, 4); where the models don't share all
+                classes also ``other_boxes`` (M, 4), of objects of the others.
             generator: a CPU generator that draws the same numbers on every process and after a resume.
 
         Returns:

@@ -51,7 +51,8 @@ def pseudo_targets(
     Args:
         scores: (B, Q, K) foreground probabilities.
         boxes: (B, Q, 4); the part inside the image counts.
-        targets: per image ``class_labels`` (N,) and ``boxes`` (N, 4).
+        targets: per image ``class_labels`` (N,) and ``boxes`` (N, 4), and where there are any ``other_boxes`` (M, 4) of objects
+            of classes that the teacher doesn't know.
         top_k: per image, predictions considered: pairs of a query and a class.
         max_overlap: those with an IoU of this or more with a target of any class are left out.
         min_score: those with a lower score are left out.
@@ -63,8 +64,9 @@ def pseudo_targets(
     for image, target in enumerate(targets):
         places, labels = inside[image, index[image] // classes], index[image] % classes
         kept = (best[image] >= min_score) & (places[:, 2:] > 0).all(-1)
-        if len(target["boxes"]):
-            kept &= iou(places[:, None], target["boxes"][None]).amax(1) < max_overlap
+        objects = torch.cat([target[name] for name in ("boxes", "other_boxes") if name in target])
+        if len(objects):
+            kept &= iou(places[:, None], objects[None]).amax(1) < max_overlap
         extended.append(
             {
                 "class_labels": torch.cat([target["class_labels"], labels[kept].to(target["class_labels"])]),
@@ -81,8 +83,8 @@ class CLDetr(DistillationMethod):
     where it is training by pseudo labels. Made for teachers that know classes which the labels don't name.
 
     The task loss, which the total loss has beside these terms, calls every pseudo object background. With labels that
-    don't name all objects, or none, give `detection_weight=0`: the terms hold the true targets too, and are then the
-    paper's whole loss.
+    don't name all objects, or none, give `detection_weight=0`: the terms hold the true targets too, of the classes that both
+    models know, and are then the paper's whole loss. Classes that the teacher doesn't know the task loss alone teaches.
 
     **Terms**, summed over the student's layers, each matched on its own with ``targets + pseudo`` as the family trains:
 

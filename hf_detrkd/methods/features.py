@@ -120,7 +120,7 @@ class Features(DistillationMethod):
                 squared = (own.float() - others.float()).square().sum(1)
                 loss = loss + FGD_RELATION * (squared * maps.mask).sum() / len(squared)
             elif config.loss == "mgd":
-                generated = self.generation[module](maps.student, config.masked_share, generator)
+                generated = self.generation[module](maps.student, maps.mask, config.masked_share, generator)
                 loss = feature_mse(generated, maps.teacher, maps.mask.float())
             elif config.loss == "cwd":
                 loss = cwd(maps.student, maps.teacher, maps.mask, temperature=config.temperature)

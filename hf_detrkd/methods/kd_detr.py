@@ -8,6 +8,7 @@ from torch import nn
 
 from ..losses.boxes import giou, l1, teacher_is_better
 from ..losses.logits import class_kl
+from ..losses.reduction import mean_over_processes
 from ..matching import pair_layers
 from ..projectors import QueryProjector
 from ..sampling import random_queries, teacher_queries
@@ -149,7 +150,7 @@ class KDDetr(DistillationMethod):
                     form=self.config.class_loss,
                 )
                 if self.config.class_normalization == "released":
-                    divergence = divergence * weight.sum() / reply.logits.shape[-1]
+                    divergence = divergence * mean_over_processes(weight.sum()) / reply.logits.shape[-1]
                 if self.config.better_boxes_only:
                     weight = weight * teacher_is_better(reply.boxes[s], answer.boxes[t], targets)
                 terms[f"{group}_class"] = terms[f"{group}_class"] + divergence

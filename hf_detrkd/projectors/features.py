@@ -15,11 +15,14 @@ class MaskedGeneration(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
         )
 
-    def forward(self, maps: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-        """(B, C, h, w) from the same, with a ``share`` in [0, 1] of the cells set to 0 in all channels."""
+    def forward(self, maps: Tensor, mask: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+        """(B, C, h, w) from the same, with a ``share`` in [0, 1] of the cells set to 0 in all channels; padding, False in ``mask``
+        (B, h, w), is 0 as what lies beyond the border."""
         batch, _, height, width = maps.shape
         kept = torch.rand(batch, 1, height, width, generator=generator) > share if share < 1 else torch.zeros(1)
-        return self.layers(maps * kept.to(maps))
+        real, (first, activation, last) = mask[:, None], self.layers
+        maps = torch.where(real, maps * kept.to(maps), 0)
+        return last(torch.where(real, activation(first(maps)), 0))
 
 
 class GlobalContext(nn.Module):
