@@ -183,6 +183,14 @@ def test_splits_without_objects(image, name, action):
         assert findings_of(splits)[0].problem == "split without objects"
 
 
+def test_a_split_of_crowds_alone_has_no_objects(image):
+    """They are neither learned nor measured."""
+    splits = one_split(row(image, boxes=[(1, 1, 4, 4)]))
+    splits["train"] = splits["train"].map(lambda one: {"objects": {**one["objects"], "iscrowd": [1]}})
+    (finding,) = findings_of(splits)
+    assert (finding.problem, finding.value) == ("split without objects", "1 crowds")
+
+
 def test_empty_splits_stop(image):
     splits = one_split(row(image, boxes=[(1, 1, 4, 4)]))
     splits["validation"] = splits["train"].select([])
@@ -348,6 +356,19 @@ def test_exif_rotation_follows_the_declared_size(tmp_path, suffix):
         assert report.repaired == {"EXIF rotation": 1}
         assert (report.findings[0].value, report.findings[0].advice) == ("orientation 6", advice)
         np.testing.assert_array_equal(DetectionDataset(checked["train"])[0]["image"].permute(1, 2, 0).numpy(), pixels)
+
+
+def test_a_tiff_is_upright_as_pil_reads_it(tmp_path):
+    path = tmp_path / "a.tif"
+    picture = tiny.picture((40, 30))
+    picture.save(path, tiffinfo={274: 6})
+    upright = np.rot90(np.asarray(picture.convert("RGB")), -1)
+    assert read_header(str(path)).upright == (30, 40)
+    checked, report = check_dataset(one_split(row(path, size=(30, 40), boxes=[(1, 1, 4, 4)])))
+    assert not report.findings
+    np.testing.assert_array_equal(DetectionDataset(checked["train"])[0]["image"].permute(1, 2, 0).numpy(), upright)
+    (finding,) = findings_of(one_split(row(path, size=(40, 30), boxes=[(1, 1, 4, 4)])))
+    assert finding.problem == "image of another size than declared"
 
 
 def test_a_half_turn_is_undone_as_viewers_do(tmp_path):

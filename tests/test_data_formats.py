@@ -82,6 +82,60 @@ def test_saved_datasets(labels, sizes, tmp_path):
         assert objects_by_name(loaded["validation"]) == expected_objects("val")
 
 
+def with_names(split: datasets.Dataset, names: list[str]) -> datasets.Dataset:
+    """The split with its classes in another order, or with others."""
+    old = split.features["objects"]["category"].feature.names
+
+    def renamed(record):
+        objects = record["objects"]
+        return {"objects": {**objects, "category": [names.index(old[one]) for one in objects["category"]]}}
+
+    features = split.features.copy()
+    features["objects"] = {**features["objects"], "category": datasets.Sequence(datasets.ClassLabel(names=names))}
+    return split.map(renamed, features=features)
+
+
+def test_splits_that_count_the_same_classes_in_another_order(tmp_path):
+    splits = {split: tiny.hub_split(split) for split in tiny.SPLITS}
+    splits["val"] = with_names(splits["val"], tiny.NAMES[::-1])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    loaded = load_detection_dataset(tmp_path / "set")
+    assert class_names_of(loaded["validation"]) == tiny.NAMES
+    assert objects_by_name(loaded["validation"]) == expected_objects("val")
+
+
+def test_splits_of_other_classes_are_refused(tmp_path):
+    splits = {split: tiny.hub_split(split) for split in tiny.SPLITS}
+    splits["val"] = with_names(splits["val"], [*tiny.NAMES, "cow"])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    with pytest.raises(
+        DatasetError, match=r"splits with different classes \(1x\)\s+val: features: .*cow.* -> the classes of train are"
+    ):
+        load_detection_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch"])
+def test_a_set_that_was_saved_with_a_format(format, tmp_path):
+    splits = {split: tiny.hub_split(split).with_format(format) for split in tiny.SPLITS}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    assert objects_by_name(load_detection_dataset(tmp_path / "set")["train"]) == expected_objects("train")
+
+
+def test_every_split_may_have_its_own_spelling(tmp_path):
+    splits = {split: tiny.hub_split(split) for split in tiny.SPLITS}
+    features = splits["val"].features.copy()
+    features["objects"] = {
+        ("label" if part == "category" else part): kind for part, kind in features["objects"].items()
+    }
+    records = [
+        {**record, "objects": {"label": record["objects"].pop("category"), **record["objects"]}}
+        for record in splits["val"]
+    ]
+    splits["val"] = datasets.Dataset.from_list(records, features=features)
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    assert objects_by_name(load_detection_dataset(tmp_path / "set")["validation"]) == expected_objects("val")
+
+
 def test_parquet_folder_through_load_dataset(tmp_path):
     for split in tiny.SPLITS:
         (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
@@ -383,6 +437,35 @@ def test_yolo_kpt_shape_that_is_none(shape, tmp_path):
     assert (finding.file, finding.row) == (str(folder / "data.yaml"), "kpt_shape")
 
 
+@pytest.mark.parametrize("kind", ["coco", "imagefolder", "imagefolder with names", "yolo", "voc"])
+def test_files_may_begin_with_a_byte_order_mark(kind, tmp_path):
+    folder = WRITERS[kind](tmp_path / "set")
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".txt", ".yaml", ".xml"):
+            path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert objects_by_name(load_detection_dataset(folder)["train"]) == expected_objects("train")
+
+
+def test_imagefolder_lines_end_where_json_lines_do(tmp_path):
+    """Not at U+2028 and others that may stand in a text."""
+    folder = tiny.write_imagefolder(tmp_path / "set")
+    lines = [
+        json.dumps({**line, "caption": "a\u2028b\x85c"}, ensure_ascii=False) for line in tiny.metadata_lines("train")
+    ]
+    (folder / "train" / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert objects_by_name(load_detection_dataset(folder)["train"]) == expected_objects("train")
+
+
+def test_imagefolder_categories_as_cocos(tmp_path):
+    folder = tiny.write_imagefolder(tmp_path / "set")
+    listed = [{"id": index, "name": name} for index, name in enumerate(tiny.NAMES)]
+    (folder / "categories.json").write_text(json.dumps(listed[::-1]))
+    assert objects_by_name(load_detection_dataset(folder)["train"]) == expected_objects("train")
+    (folder / "categories.json").write_text(json.dumps([["cat"], ["dog"]]))
+    with pytest.raises(ValueError, match=r"categories\.json.*a list of names, .*\['cat'\]"):
+        load_detection_dataset(folder)
+
+
 def test_yolo_polygons_lists_and_roboflows_paths(tmp_path):
     folder = tiny.write_yolo(tmp_path / "set")
     (folder / "labels" / "train" / "a2.txt").write_text("1 0.1 0.2 0.5 0.2 0.5 0.6\n")
@@ -450,6 +533,16 @@ def test_voc_difficult_that_is_no_number(tmp_path):
     (finding,) = error.value.findings
     assert (finding.problem, finding.file) == ("difficult must be 0 or 1", str(path))
     assert (finding.row, finding.value) == ("object 1", "maybe")
+
+
+def test_voc_image_is_that_of_the_annotation_files_name(tmp_path):
+    """A copy may still name the image it was made of."""
+    folder = tiny.write_voc(tmp_path / "set")
+    shutil.copy(folder / "Annotations" / "a1.xml", folder / "Annotations" / "my a1 [flip].xml")
+    shutil.copy(folder / "JPEGImages" / "a1.jpg", folder / "JPEGImages" / "my a1 [flip].jpg")
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("a1  1\nmy a1 [flip]\n")
+    train = load_detection_dataset(folder)["train"].cast_column("image", datasets.Image(decode=False))
+    assert [one["path"].rpartition("/")[2] for one in train["image"]] == ["a1.jpg", "my a1 [flip].jpg"]
 
 
 def test_voc_without_lists_is_all_train(tmp_path):

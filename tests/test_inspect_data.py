@@ -37,6 +37,20 @@ def test_numbers_and_sheets(tmp_path, capsys):
     assert "box share of image" in printed and "bird" in printed
 
 
+def test_sizes_are_those_that_ap_goes_by(tmp_path):
+    """The annotated areas: of a segment, not of its box."""
+    folder = tiny_datasets.write_coco(tmp_path / "coco")
+    path = folder / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image.update(width=400, height=300)
+        Image.new("RGB", (400, 300)).save(folder / "images" / "train" / image["file_name"])
+    content["annotations"][0].update(bbox=[0, 0, 200, 200], area=900.0)
+    path.write_text(json.dumps(content))
+    numbers = run(folder, tmp_path / "out", "--sheet_images", "0")["splits"]["train"]
+    assert (numbers["small"], numbers["medium"], numbers["large"]) == (3, 0, 0) and numbers["box_width"]["max"] == 200
+
+
 def test_problems_by_file_and_row(tmp_path, capsys):
     folder = tiny_datasets.write_coco(tmp_path / "coco")
     broken = next((folder / "images" / "train").glob("a1*"))

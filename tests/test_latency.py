@@ -56,6 +56,14 @@ def test_a_backend_that_fails_is_a_row(monkeypatch):
     assert "student with onnx, batch 1: RuntimeError: rt_detr could not be exported" in latency.latency_table(rows)
 
 
+def test_onnx_beside_a_gpu_runs_on_the_gpu(monkeypatch):
+    """onnxruntime without CUDA would take the CPU in silence, in a row under the GPU's name."""
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(RuntimeError, match=r"onnxruntime has no CUDAExecutionProvider .*onnxruntime-gpu"):
+        latency.onnx_providers(torch.device("cuda"))
+    assert latency.onnx_providers(torch.device("cpu")) == ["CPUExecutionProvider"]
+
+
 def test_images_of_a_data_set_start_again(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DETRKD_CACHE", str(tmp_path))
     arguments = latency.LatencyArguments(dataset_name=f"shapes:train=2,validation=2,test=2,size={zoo.SIZE}")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +80,26 @@ def test_one_image_upright_without_drawing(tmp_path, checkpoint):
     results = run(checkpoint, path, tmp_path / "out", "--draw", "false")
     assert results["images"] == [{"id": 0, "file_name": "turned.jpg", "width": 20, "height": 50}]
     assert not (tmp_path / "out" / "drawn").exists()
+
+
+def test_more_than_8_bits_are_refused(tmp_path, checkpoint, capsys):
+    """As in training: as RGB they would be all white."""
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)).save(tmp_path / "in" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits a channel \(I;16B?\).*Convert it to 8 bits"):
+        run(checkpoint, tmp_path / "in" / "deep.png", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("rotation", "turns"), [(0, 0), (-90, -1), (90, 1), (180, 2)])
+def test_frames_are_turned_upright(monkeypatch, rotation, turns):
+    """PyAV gives them as they are stored, and beside them the angle, counterclockwise."""
+    stored = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    frame = SimpleNamespace(to_ndarray=lambda format: stored, rotation=rotation)
+    container = SimpleNamespace(decode=lambda video: [frame])
+    av = SimpleNamespace(open=lambda place: nullcontext(container))
+    monkeypatch.setitem(sys.modules, "av", av)
+    (pixels,) = predict._frames_of_av(Path("clip.mp4"))
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.rot90(stored, turns))
 
 
 def test_video(tmp_path, monkeypatch, checkpoint):

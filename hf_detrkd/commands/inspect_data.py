@@ -131,6 +131,7 @@ def split_numbers(split: datasets.Dataset) -> dict[str, Any]:
     crowd = np.array([flag for image in objects for flag in image["iscrowd"]], dtype=bool)
     box = np.array([size for image in objects for size in image["bbox"]], dtype=float).reshape(-1, 4)[~crowd]
     area = box[:, 2] * box[:, 3]
+    annotated = np.array([size for image in objects for size in image["area"]], dtype=float)[~crowd]
     of_image = np.repeat(width * height, per_image)[~crowd]
     count = Counter(category[~crowd].tolist())
     images_with = Counter(label for image in objects for label in set(image["category"]))
@@ -149,9 +150,10 @@ def split_numbers(split: datasets.Dataset) -> dict[str, Any]:
         "box_height": _quantiles(box[:, 3]),
         "box_share_of_image": _quantiles(area / of_image),
         "box_aspect_ratio": _quantiles(box[:, 2] / np.maximum(box[:, 3], 1e-9)),
-        "small": int((area < SMALL).sum()),
-        "medium": int(((area >= SMALL) & (area < MEDIUM)).sum()),
-        "large": int((area >= MEDIUM).sum()),
+        # By the annotated area, as AP of small, medium and large objects goes
+        "small": int((annotated < SMALL).sum()),
+        "medium": int(((annotated >= SMALL) & (annotated < MEDIUM)).sum()),
+        "large": int((annotated >= MEDIUM).sum()),
         "classes": {
             name: {
                 "objects": count[index],

@@ -160,8 +160,7 @@ def _calls(timed: Timed, backend: str, images: list[Tensor], folder: Path) -> tu
     sizes = torch.tensor([image.shape[1:] for image in images])
     if backend == "onnx":
         export_onnx(timed.model, processor, folder, image_size=timed.size, batch_size=len(images))
-        providers = None if device.type == "cuda" else ["CPUExecutionProvider"]
-        detector = OnnxDetector(folder, providers)
+        detector = OnnxDetector(folder, onnx_providers(device))
         array = pixels.contiguous().numpy()
 
         def end_to_end():
@@ -181,6 +180,21 @@ def _calls(timed: Timed, backend: str, images: list[Tensor], folder: Path) -> tu
         return processor.post_process_object_detection(forward(values), threshold=0.5, target_sizes=on_device)
 
     return lambda: forward(ready), whole
+
+
+def onnx_providers(device: torch.device) -> list[str]:
+    """onnxruntime's name of the device that torch's rows are measured on.
+
+    Raises:
+        RuntimeError: onnxruntime can't use it, and would take the CPU in silence.
+    """
+    import onnxruntime
+
+    if device.type != "cuda":
+        return ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise RuntimeError("onnxruntime has no CUDAExecutionProvider here: pip install onnxruntime-gpu in its place")
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def latency_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.collator import model_inputs
+from ..data.images import header_of
 from ..detectors import load_detector
 from ..families.checks import enough_places
 from ..reporting.boxes import draw_boxes
@@ -221,6 +222,12 @@ def _read(path: Path, name: str) -> Picture:
     """An image as viewers show it: upright, RGB."""
     try:
         with Image.open(path) as image:
+            header = header_of(image)
+            if header.is_deep:
+                raise ValueError(
+                    f"--input {path} has more than 8 bits a channel ({header.mode}), which RGB would cut off. Convert it to 8 bits, as "
+                    "the images were that the detector has learned from."
+                )
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for a broken PNG
         raise ValueError(f"--input {path} is neither an image nor a video that can be read: {error}") from error
@@ -243,7 +250,11 @@ def _frames_of_av(place: Path) -> Iterator[Tensor]:
 
     with av.open(str(place)) as container:
         for frame in container.decode(video=0):
-            yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+            turns = round(
+                getattr(frame, "rotation", 0) / 90
+            )  # counterclockwise, as viewers show it; PyAV has it since version 14
+            pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+            yield torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _frames_of_opencv(place: Path) -> Iterator[Tensor]:

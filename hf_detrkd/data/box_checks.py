@@ -42,6 +42,7 @@ class Boxes:
     """(n, 4)"""
     category: np.ndarray
     area: np.ndarray
+    crowd: np.ndarray
     classes: int
 
     @classmethod
@@ -60,16 +61,18 @@ class Boxes:
             _flat(pc.list_flatten(boxes)).astype(np.float64).reshape(-1, 4),
             _flat(object_lists(split, "category")),
             _flat(object_lists(split, "area")).astype(np.float64),
+            _flat(object_lists(split, "iscrowd")).astype(bool),
             category_feature(split).num_classes,
         )
 
     def check(self) -> tuple[list[Finding], np.ndarray]:
         """Findings, and which objects to keep (n,)."""
         everything = np.ones(len(self.row), dtype=bool)
-        if not len(self.row):
+        if self.crowd.all():  # or there are none: crowds are neither learned nor measured
+            found = f"{len(self.crowd)} crowds" if len(self.crowd) else "0 objects"
             action = "stop" if self.split in ("train", "validation") else "noted"
             advice = "are the annotations where the format has them?"
-            return [Finding("split without objects", self.split, "-", "0 objects", action, advice)], everything
+            return [Finding("split without objects", self.split, "-", found, action, advice)], everything
         whole = self._check_format()
         if any(finding.action == "stop" for finding in whole):
             return whole, everything

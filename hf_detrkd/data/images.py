@@ -87,6 +87,11 @@ def header_of(image: Image.Image) -> ImageHeader:
         orientation = 1
     else:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if image.format == "TIFF":  # PIL turns it while it decodes, and newer ones (11.3) say the size after that
+        stored = ImageHeader(
+            *(image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)), mode, orientation
+        )
+        return ImageHeader(*stored.upright, mode, 1)
     return ImageHeader(*image.size, mode, orientation if orientation in range(1, 9) else 1)
 
 

@@ -152,3 +152,5 @@ def _processor() -> str:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()

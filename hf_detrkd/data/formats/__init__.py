@@ -152,7 +152,10 @@ def _load_datasets(folder, name, config_name, cache_dir, revision, token) -> dic
         loaded = datasets.load_dataset(
             str(folder) if folder.exists() else name, config_name, cache_dir=cache, revision=revision, token=token
         )
-    return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    loaded = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    return {
+        name: split.with_format(None) for name, split in loaded.items()
+    }  # `save_to_disk` keeps numpy's, torch's, ...
 
 
 def _stop_at(findings: list[Finding]) -> None:

@@ -50,7 +50,7 @@ def _annotation_files(folder: Path) -> dict[str, Path]:
 
 def _load(path: Path, findings: list[Finding]) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         findings.append(Finding("not valid JSON", str(path), "file", error))
         content = {}

@@ -111,7 +111,29 @@ def to_schema(
             "to one. Rename that column to `image`, with `rename_column`, or remove the others."
         )
     image_column = "image" if "image" in image_columns else image_columns[0]
-    inner = _inner(first.features["objects"])
+    keys, declared, annotations = {}, {}, {}
+    for name, split in splits.items():
+        keys[name], declared[name] = _spelling(split)
+        columns = [key for key in ("image_id", "width", "height", "objects") if key in split.features]
+        annotations[name] = split.select_columns(columns)[:]
+        annotations[name]["objects"] = [listed(objects or {}) for objects in annotations[name]["objects"]]
+    classes = _classes(annotations, keys, declared, findings)
+    result = datasets.DatasetDict()
+    for name, split in splits.items():
+        columns = _split_columns(
+            name, split, image_column, annotations[name], keys[name], classes, box_format or "xywh", findings
+        )
+        features = detection_features(classes.names)
+        image = split.select_columns([image_column])
+        image = image if image_column == "image" else image.rename_column(image_column, "image")
+        others = datasets.Dataset.from_dict(columns, features=features.__class__({k: features[k] for k in columns}))
+        result[name] = datasets.concatenate_datasets([image, others], axis=1)
+    return result
+
+
+def _spelling(split: datasets.Dataset) -> tuple[dict[str, str], list[str] | None]:
+    """Part of the schema's objects -> what the split calls it, and the names that it declares for its classes."""
+    inner = _inner(split.features["objects"])
     keys = object_keys(inner)
     if None in keys.values():
         raise ValueError(
@@ -120,29 +142,39 @@ def to_schema(
         )
     label = inner[keys["category"]]
     label = getattr(label, "feature", label)
-    annotations = {}
-    for name, split in splits.items():
-        columns = [key for key in ("image_id", "width", "height", "objects") if key in split.features]
-        annotations[name] = split.select_columns(columns)[:]
-        annotations[name]["objects"] = [listed(objects or {}) for objects in annotations[name]["objects"]]
-    if isinstance(label, datasets.ClassLabel):
-        classes = ClassNames.declared(dict(enumerate(label.names)))
-    else:
-        columns_of_objects = (objects for split in annotations.values() for objects in split["objects"])
-        classes = ClassNames.seen(
-            value for objects in columns_of_objects for value in objects.get(keys["category"]) or ()
-        )
-    result = datasets.DatasetDict()
-    for name, split in splits.items():
-        columns = _split_columns(
-            name, split, image_column, annotations[name], keys, classes, box_format or "xywh", findings
-        )
-        features = detection_features(classes.names)
-        image = split.select_columns([image_column])
-        image = image if image_column == "image" else image.rename_column(image_column, "image")
-        others = datasets.Dataset.from_dict(columns, features=features.__class__({k: features[k] for k in columns}))
-        result[name] = datasets.concatenate_datasets([image, others], axis=1)
-    return result
+    return keys, label.names if isinstance(label, datasets.ClassLabel) else None
+
+
+def _classes(
+    annotations: dict[str, dict[str, list]],
+    keys: dict[str, dict[str, str]],
+    declared: dict[str, list[str] | None],
+    findings: list[Finding],
+) -> ClassNames:
+    """The classes of all splits. Those that count the same names otherwise than the first get them in the place of numbers; a
+    finding, where the names are others."""
+    first, names = next(iter(declared.items()))
+    for split, own in declared.items():
+        if own is None or names is None or own == names:
+            continue
+        if sorted(own) != sorted(names):
+            advice = f"the classes of {first} are {names}"
+            findings.append(Finding("splits with different classes", split, "features", own, advice=advice))
+            continue
+        for objects in annotations[split]["objects"]:
+            part = keys[split]["category"]
+            objects[part] = [
+                own[value] if isinstance(value, int) and 0 <= value < len(own) else value
+                for value in objects.get(part) or ()
+            ]
+    if names is not None:
+        return ClassNames.declared(dict(enumerate(names)))
+    return ClassNames.seen(
+        value
+        for split, columns in annotations.items()
+        for objects in columns["objects"]
+        for value in objects.get(keys[split]["category"]) or ()
+    )
 
 
 def _inner(objects) -> dict:

@@ -65,14 +65,21 @@ def _metadata_files(folder: Path) -> dict[str, Path]:
 
 
 def _named_classes(folder: Path) -> dict[int, str] | None:
-    """Class id -> name from a list of names, ``{"id2name": {...}}`` or ``{id: name}``; None where there is no such
-    file."""
+    """Class id -> name from a list of names or of COCO's categories, ``{"id2name": {...}}`` or ``{id: name}``; None where there
+    is no such file."""
     for place in NAMES:
         path = folder / place
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             if isinstance(content, list):
-                return dict(enumerate(map(str, content)))
+                if all(isinstance(one, dict) and {"id", "name"} <= one.keys() for one in content):
+                    return {int(one["id"]): one["name"] for one in content}
+                strange = [one for one in content if not isinstance(one, str)]
+                if strange:
+                    raise ValueError(
+                        f"{path} must hold a list of names, or of COCO's categories with id and name; it has {strange[0]}."
+                    )
+                return dict(enumerate(content))
             return {int(number): name for number, name in content.get("id2name", content).items()}
     return None
 
@@ -80,7 +87,8 @@ def _named_classes(folder: Path) -> dict[int, str] | None:
 def _lines(path: Path, findings: list[Finding]) -> list[Line]:
     """Every line that has what an image needs."""
     good = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(), which also ends a line at characters that may stand in a JSON text
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         row = f"line {number}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from ..schema import Row, objects_of, split_name
 
 DIFFICULT = {"": 0, "0": 0, "unspecified": 0, "1": 1}
 """What stands in ``<difficult>``; some tools write Unspecified there, as the challenge does for a pose."""
+
+
+_FLAG = re.compile(r"\s+(-1|0|1)$")
 
 
 def finds(folder: Path) -> bool:
@@ -29,7 +34,7 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
     parsed = {split: [_parse(folder, name, findings) for name in names] for split, names in members.items()}
     declared = folder / "labels.txt"
     if declared.is_file():
-        class_names = declared.read_text(encoding="utf-8").split("\n")
+        class_names = declared.read_text(encoding="utf-8-sig").split("\n")
         class_names = [name.strip() for name in class_names if name.strip()]
     else:
         class_names = sorted({item[0] for rows in parsed.values() for row in rows if row for item in row["items"]})
@@ -49,7 +54,8 @@ def _members(folder: Path) -> dict[str, list[str]]:
     if not wanted:
         return {"train": [path.stem for path in sorted(folder.glob("Annotations/*.xml"))]}
     return {
-        name: [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # The challenge's lists of one class have its 1, 0 or -1 behind the name
+        name: [_FLAG.sub("", line.strip()) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         for name, path in wanted.items()
     }
 
@@ -62,9 +68,7 @@ def _parse(folder: Path, name: str, findings: list[Finding]) -> dict | None:
     except (OSError, ElementTree.ParseError) as error:
         findings.append(Finding("missing or broken annotation file", str(path), "file", error))
         return None
-    image = folder / "JPEGImages" / (root.findtext("filename") or f"{name}.jpg").strip()
-    if not image.is_file():  # labelImg keeps the name the image had when it was labelled
-        image = next(iter(sorted((folder / "JPEGImages").glob(f"{name}.*"))), image)
+    image = _image(folder / "JPEGImages", name, (root.findtext("filename") or f"{name}.jpg").strip())
     from_one = "VOC" in (root.findtext("source/database") or "")
     items = []
     for index, item in enumerate(root.iter("object")):
@@ -85,6 +89,16 @@ def _parse(folder: Path, name: str, findings: list[Finding]) -> dict | None:
         items.append(((item.findtext("name") or "").strip(), corners, DIFFICULT[difficult.lower()]))
     size = [int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
     return {"path": path, "name": name, "image": image, "size": size, "items": items}
+
+
+def _image(folder: Path, name: str, said: str) -> Path:
+    """The image called like the annotation file, as in the challenge; the one it says only where there is none: copies and
+    labelImg keep the name of the image that was labelled first."""
+    usual = [said] if Path(said).stem == name else []
+    for candidate in (*usual, f"{name}.jpg"):
+        if (folder / candidate).is_file():
+            return folder / candidate
+    return next(iter(sorted(folder.glob(f"{glob.escape(name)}.*"))), folder / said)
 
 
 def _row(entry: dict, position: dict[str, int], box_format: str | None, findings: list[Finding]) -> Row | None:

@@ -24,7 +24,7 @@ def read(folder: Path, box_format: str | None, findings: list[Finding]) -> tuple
     """Class names and rows of every split. A line is ``class cx cy w h``, normalised, with keypoints behind it where the
     yaml has a ``kpt_shape``, or a polygon, whose box is taken; an image without a label file has no objects."""
     path = _settings_file(folder)
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     names = settings["names"]
     names = dict(enumerate(names)) if isinstance(names, list) else {int(key): name for key, name in names.items()}
     if settings.get("nc", len(names)) != len(names):
@@ -56,7 +56,7 @@ def _settings_file(folder: Path) -> Path | None:
     if folder.is_file():
         return folder if folder.suffix in (".yaml", ".yml") else None
     for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")], key=lambda path: path.stem != "data"):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         if isinstance(content, dict) and "names" in content and {"train", "val", "test"} & content.keys():
             return path
     return None
@@ -85,7 +85,7 @@ def _images(path: Path, settings: dict, place: str, findings: list[Finding]) -> 
         findings.append(Finding("no such image folder", str(path), "path, train, val, test", place, advice=advice))
         return []
     if found.is_file():
-        lines = [line.strip() for line in found.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in found.read_text(encoding="utf-8-sig").splitlines()]
         return [found.parent / line if line.startswith("./") else root / line for line in lines if line]
     extensions = Image.registered_extensions()
     return sorted(file for file in found.rglob("*") if file.suffix.lower() in extensions)
@@ -124,7 +124,7 @@ def _row(
         return None
     boxes, category = [], []
     label_file = _label_file(image)
-    lines = label_file.read_text(encoding="utf-8").splitlines() if label_file.is_file() else []
+    lines = label_file.read_text(encoding="utf-8-sig").splitlines() if label_file.is_file() else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
