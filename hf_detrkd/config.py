@@ -33,7 +33,7 @@ class DistillationConfig(TrainingArguments):
     method: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={
-            "help": "Distillation method(s); `auto`: what our runs are best with, by what the student can carry; `none` for the "
+            "help": "Distillation method(s); `auto`: what our runs are best with, by the kind of pair; `none` for the "
             "twin: the same run without a teacher."
         },
     )

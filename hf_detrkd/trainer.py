@@ -106,7 +106,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         if self.teacher is None:
             methods = []
         elif methods is None:
-            args = settled(args, adapter)
+            args = settled(args, adapter, self.teacher_adapter)
             methods = build_methods(args.method, args.method_config, adapter, self.teacher_adapter)
         wrapper = DistillationModel(
             student,

@@ -201,7 +201,7 @@ def distill(
     run = prepare(model_arguments, data_arguments, extra, args, say)
     data, teacher, processor = run.data, run.teacher, run.processor
     if teacher is not None:
-        args = settled(args, adapter_for(run.student))
+        args = settled(args, adapter_for(run.student), adapter_for(teacher))
     recorded = {"settings": settings(model_arguments, data_arguments, extra, args), "versions": versions()}
     if not extra.only_teacher:
         same_settings(args.resume_from_checkpoint, recorded["settings"])

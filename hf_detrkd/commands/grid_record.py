@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..families import FAMILIES
-from ..methods import settled
+from ..methods import ALIKE, attends_densely, choose, with_choice
 from ..reporting.fairness import HARMLESS, METHOD_DEFAULTS, METHOD_FIELDS
 from ..reporting.summary import TWIN, gain_rows, pair_name
 from .arguments import parse
@@ -63,8 +63,8 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
     free |= {"max_steps"} if cell.time_of else set()
     asked = {name: value for name, value in {**METHOD_DEFAULTS, **cell.recipe}.items() if name not in free}
     if any(ran.get(name) != value for name, value in asked.items()):
-        run = _as_run(cell, ran)
-        asked = {name: run[name] for name in asked}
+        runs = [{name: run[name] for name in asked} for run in _as_runs(cell, ran)]
+        asked = next((run for run in runs if all(ran.get(name) == value for name, value in run.items())), runs[0])
     for name, value in asked.items():
         if ran.get(name) != value:
             return f"{name} was {ran.get(name)!r} and is {value!r}"
@@ -78,14 +78,24 @@ def _against(cell: Cell, pair: str, here: Mapping, recorded: Mapping) -> str | N
     return None
 
 
-def _as_run(cell: Cell, ran: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell's flags as its run records them: numbers that YAML takes for text (1e-3) are numbers, and `auto` is what it chose."""
+def _as_runs(cell: Cell, ran: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A cell's flags as its run records them: numbers that YAML takes for text (1e-3) are numbers, and `auto` is what it chooses,
+    with a teacher of another kind or of the student's own."""
     *groups, args = parse(ARGUMENTS, [], defaults={k: v for k, v in cell.recipe.items() if k not in OF_THE_DEVICE})
-    if cell.method != TEACHER:
-        args = settled(args, FAMILIES[ran["model_type"]])
-    recorded = json.loads(json.dumps(settings(*groups, args), default=str))
+    several = [args]
+    if cell.method != TEACHER and args.method == ["auto"]:
+        family = FAMILIES[ran["model_type"]]
+        choices = [choose(family), *([ALIKE] if attends_densely(family) else ())]
+        several = [with_choice(args, choice) for choice in choices]
     of_device = {name: cell.recipe[name] for name in OF_THE_DEVICE & cell.recipe.keys()}
-    return {**_flags(recorded), **of_device, "method": "+".join(args.method)}
+    return [
+        {
+            **_flags(json.loads(json.dumps(settings(*groups, one), default=str))),
+            **of_device,
+            "method": "+".join(one.method),
+        }
+        for one in several
+    ]
 
 
 def _flags(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

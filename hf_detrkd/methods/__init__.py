@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..families import FamilyAdapter
-from .auto import Choice, choose, settled
+from .auto import ALIKE, Choice, attends_densely, choose, settled, with_choice
 from .base import DistillationMethod, Paper, configure
 from .cl_detr import CLDetr, CLDetrConfig
 from .clockdistill import CLoCKDistill, CLoCKDistillConfig
@@ -77,6 +77,7 @@ def method_configs(names: Sequence[str], settings: Mapping[str, Any] | None) -> 
 
 
 __all__ = [
+    "ALIKE",
     "D3ETR",
     "DRKD",
     "LD",
@@ -103,9 +104,11 @@ __all__ = [
     "ProposalKD",
     "ProposalsConfig",
     "QSKDConfig",
+    "attends_densely",
     "build_methods",
     "choose",
     "configure",
     "method_configs",
     "settled",
+    "with_choice",
 ]
