@@ -41,7 +41,7 @@ class DetectionCollator:
 
     def __post_init__(self):
         teacher = self.teacher_image_processor
-        differ = teacher is not None and not samepixels(self.image_processor, teacher)
+        differ = teacher is not None and not same_pixels(self.image_processor, teacher)
         object.__setattr__(self, "teacher_pixels_differ", differ)
 
     def __call__(self, items: Sequence[dict]) -> dict:
@@ -77,7 +77,7 @@ def label_of(target: Target, height: int, width: int) -> dict[str, Tensor]:
     }
 
 
-def samepixels(one: BaseImageProcessor, other: BaseImageProcessor) -> bool:
+def same_pixels(one: BaseImageProcessor, other: BaseImageProcessor) -> bool:
     """Whether two processors make the same model inputs: no setting about pixels differs, and two images of different
     shape come out equal, masks included."""
     settings = [
