@@ -26,8 +26,8 @@ LEAST_SHARE = 0.01
 """Of distillation. Shares of 10 to 40 % at the start are what helped in our runs (docs/results)."""
 
 LEAST_TERM_SHARE = 0.001
-"""Of one term. In docs/results/bccd_long.json no term that is on has a share between 0.0004 and 0.004; below are the maps of
-`clockdistill` and `detrdistill` at their default weights with an RT-DETR."""
+"""Of one term. In docs/results/bccd_long.json no term that is on has a share between 0.0004 and 0.002; below are, at their default
+weights, the maps of `clockdistill` and `detrdistill` with an RT-DETR, and the background of `clockdistill` with a Deformable DETR."""
 
 USUAL_SHARE, USUAL_TERM_SHARE = 0.3, 0.1
 """That distillation, or a term of it, is proposed to have where it has too little: inside of the shares that helped, and about

@@ -94,7 +94,6 @@ class Grid:
 
     name: str
     split: str
-    seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     """The teachers' among them."""
 

@@ -103,7 +103,7 @@ def read_grid(path: str | Path, runs: str | Path = "runs", *, to_be_tuned: bool 
                     cells.append(_teacher(folder, group[0], seed if drawn else None))
                     measured.add(folder)
                 cells += group
-    return Grid(path.stem, split, tuple(content["seeds"]), tuple(cells))
+    return Grid(path.stem, split, tuple(cells))
 
 
 def _check_sections(path: Path, content: Mapping[str, Any]) -> None:

@@ -250,9 +250,8 @@ def _frames_of_av(place: Path) -> Iterator[Tensor]:
 
     with av.open(str(place)) as container:
         for frame in container.decode(video=0):
-            turns = round(
-                getattr(frame, "rotation", 0) / 90
-            )  # counterclockwise, as viewers show it; PyAV has it since version 14
+            # Counterclockwise, as viewers show it; PyAV has it since version 14
+            turns = round(getattr(frame, "rotation", 0) / 90)
             pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
             yield torch.from_numpy(pixels).permute(2, 0, 1)
 

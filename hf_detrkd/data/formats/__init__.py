@@ -153,9 +153,8 @@ def _load_datasets(folder, name, config_name, cache_dir, revision, token) -> dic
             str(folder) if folder.exists() else name, config_name, cache_dir=cache, revision=revision, token=token
         )
     loaded = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-    return {
-        name: split.with_format(None) for name, split in loaded.items()
-    }  # `save_to_disk` keeps numpy's, torch's, ...
+    # `save_to_disk` keeps numpy's, torch's, ...
+    return {name: split.with_format(None) for name, split in loaded.items()}
 
 
 def _stop_at(findings: list[Finding]) -> None:
