@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
+from .data.collator import student_and_teacher_inputs
 from .families import FamilyAdapter
 from .matching import HungarianMatcher, ground_truth_matches, pair_layers
 from .model import view_targets
@@ -46,10 +47,9 @@ def diagnose(
     for adapter in (teacher, *students.values()):
         adapter.model.eval()
     for batch in batches:
-        labels = batch["labels"]
-        own = {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")}
-        pixels = {name: batch[name] for name in batch if name != "labels" and not name.startswith("teacher_")}
-        _, seen = teacher.forward(own or pixels)
+        pixels, teacher_pixels = student_and_teacher_inputs(batch)
+        labels = pixels.pop("labels")
+        _, seen = teacher.forward(teacher_pixels)
         targets = []
         for name, student in students.items():
             targets = view_targets(labels, student.classes)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .callbacks import SetEpoch, StampSeconds, UpdateAverage
 from .checkpoints import load_checkpoint, resume, training_state, write_state
 from .config import DistillationConfig
-from .data.collator import DetectionCollator
+from .data.collator import DetectionCollator, student_and_teacher_inputs
 from .detectors import check_classes, digest, image_processor_beside, load_detector
 from .ema import ExponentialMovingAverage
 from .evaluation.streaming import StreamingCocoMetrics
@@ -226,8 +226,7 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One step: teacher's view, then everything trainable in the one wrapped forward."""
-        teacher_inputs = {name.removeprefix("teacher_"): inputs[name] for name in inputs if name.startswith("teacher_")}
-        inputs = {name: value for name, value in inputs.items() if not name.startswith("teacher_")}
+        inputs, teacher_inputs = student_and_teacher_inputs(inputs)
         if not model.training:
             outputs = model(**inputs)
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -237,8 +236,6 @@ class DistillationTrainer(StreamingTrainer, PublishingTrainer):
         scale = self.args.kd_scale(step, self.state.max_steps)
         options: dict[str, Any] = {}
         if self.teacher is not None and scale > 0:
-            if not teacher_inputs:
-                teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
             attentions = any("teacher" in method.attentions for method in wrapper.methods.values())
             # The same numbers on every process, in every accumulation step, and after a resume.
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)

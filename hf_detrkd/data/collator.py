@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class DetectionCollator:
             pixels = model_inputs(self.teacher_image_processor, images)
             batch |= {f"teacher_{name}": value for name, value in pixels.items()}
         return {**batch, "labels": [label_of(item["target"], *item["image"].shape[-2:]) for item in items]}
+
+
+def student_and_teacher_inputs(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a batch goes into the student, ``labels`` too, and what into the teacher: its own pixels, else the student's."""
+    student = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
+    teacher = {name.removeprefix("teacher_"): batch[name] for name in batch.keys() - student.keys()}
+    return student, teacher or {name: value for name, value in student.items() if name != "labels"}
 
 
 def label_of(target: Target, height: int, width: int) -> dict[str, Tensor]:

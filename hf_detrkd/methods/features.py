@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..losses.features import box_scores, cwd, feature_mse, fgd, pkd, relative_error, scale_masks
+from ..losses.relation import standardised
 from ..projectors import GlobalContext, MapProjector, MaskedGeneration, MatchedScale
 from .base import DistillationMethod, check_choice
 
@@ -105,7 +106,7 @@ class Features(DistillationMethod):
             elif config.loss in ("score", "mse"):
                 weight = _scores(teacher, maps.mask) if config.loss == "score" else maps.mask.float()
                 pair = (
-                    [_standardised(x) for x in (maps.student, maps.teacher)]
+                    [standardised(x, 1) for x in (maps.student, maps.teacher)]
                     if config.normalize
                     else (maps.student, maps.teacher)
                 )
@@ -133,8 +134,3 @@ class Features(DistillationMethod):
 def _scores(teacher, mask):
     """The highest class probability of the teacher's boxes over each cell, (B, h, w)."""
     return box_scores(teacher.boxes[-1], teacher.class_probs()[-1].amax(-1), mask)
-
-
-def _standardised(maps):
-    """Each cell's channels with mean 0 and deviation 1."""
-    return nn.functional.layer_norm(maps.float().movedim(1, -1), maps.shape[1:2]).movedim(-1, 1)
