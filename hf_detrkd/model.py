@@ -15,6 +15,10 @@ from .losses.detection import task_loss
 from .methods import DistillationMethod
 from .view import DetrView
 
+FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+"""By the first of these without an overflow a loss is multiplied for its gradient's norm, as `torch.amp.GradScaler` begins with
+65536: fp16 ends at 6e-8, where gradients of light terms would be 0."""
+
 
 class DistillationModel(nn.Module):
     """Student and distillation methods, with all trainable work in one ``forward``.
@@ -114,14 +118,22 @@ class DistillationModel(nn.Module):
         def norm(loss: Tensor) -> Tensor:
             if not loss.requires_grad:  # a term that is switched off
                 return loss.new_zeros(())
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
-            return torch.stack(norms).norm() if norms else loss.new_zeros(())
+            for scale in FP16_SCALES if _in_fp16(loss.device.type) else (1.0,):
+                gradients = torch.autograd.grad(scale * loss, parameters, retain_graph=True, allow_unused=True)
+                norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+                total = torch.stack(norms).norm() / scale if norms else loss.new_zeros(())
+                if total.isfinite():
+                    break
+            return total
 
         norms = {name: norm(part) for name, part in parts.items()}
         kd = [part for name, part in parts.items() if name != "detection"]
         norms["kd"] = norm(sum(kd)) if kd else parts["detection"].new_zeros(())
         return norms
+
+
+def _in_fp16(device: str) -> bool:
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 def view_targets(labels: Sequence[Mapping[str, Tensor]], classes: tuple[int, ...] | None) -> list[dict[str, Tensor]]:

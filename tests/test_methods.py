@@ -530,6 +530,19 @@ def test_gradient_norms(method):
     torch.testing.assert_close(norms["kd"], torch.cat(gradients).norm())
 
 
+def test_gradient_norms_of_light_terms_in_fp16():
+    """fp16 ends at 6e-8: a term whose gradients are smaller would have a share of 0, and be called switched off."""
+    module, teacher = a_pair(("detr", "detr", {}, {}), "features")
+    module.train()
+    batch = zoo.batch()
+    norms = []
+    with torch.autocast("cpu", torch.float16):
+        for scale in (1.0, 1e-7):
+            options = {"teacher_view": see(teacher, batch), "generator": rng(), "kd_scale": scale}
+            norms.append(module(**batch, **options, gradient_norms=True).gradient_norms["kd"].item())
+    assert norms[1] == pytest.approx(1e-7 * norms[0], rel=0.05)
+
+
 def test_every_method_has_what_the_table_needs():
     for name, method in METHODS.items():
         assert issubclass(method, DistillationMethod)
