@@ -890,6 +890,22 @@ class TestEmbedding:
             ["c", "-", "+9.0 (1)"],
         ]
 
+    def test_a_gain_with_its_interval(self):
+        row = {"dataset": "d", "pair": "p", "method": "a", "seeds": [0, 1, 2], "delta": 3.14, "delta_low": -1, "delta_high": 7.2}
+        one = {**row, "method": "b", "seeds": [0], "delta_low": None, "delta_high": None}
+        longer = {"delta_longer": 1, "delta_longer_low": -2, "delta_longer_high": 4, "delta_longer_seeds": [0, 1]}
+
+        def embedded(row, name):
+            return embed(f"<!-- results:g d/p/{row['method']} {name} -->?<!-- /results -->", {"g": {"rows": [row]}}, {})
+
+        for asked, name, text in (
+            (row, "gain", "+3.1 (-1.0 to +7.2)"),
+            (one, "gain", "+3.1 (1 seed)"),
+            (row, "gain_longer", "-"),
+            ({**row, **longer}, "gain_longer", "+1.0 (-2.0 to +4.0, 2 seeds)"),
+        ):
+            assert f">{text}<" in embedded(asked, name)
+
     @pytest.mark.parametrize(
         ("mark", "message"),
         [

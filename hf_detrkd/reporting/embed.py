@@ -4,6 +4,7 @@
 <!-- results:bccd bccd/rt_detr/* -->                    its lines that fit a pattern of data/pair/method
 <!-- results:bccd bccd/* methods -->                    the gains of these, a line per method and a column per pair
 <!-- results:bccd bccd/rt_detr/kd_detr delta -->+3.1    one number
+<!-- results:bccd bccd/rt_detr/kd_detr gain -->         the gain and its interval; ``gain_longer``: over the longer twin
 <!-- results:demo -->                                   the table of a single run with its twin, from ``demo.json``
 <!-- results:demo student map -->11.0                   one number of it, in points: of the teacher, twin or student
 <!-- results:cost_step -->                              what a benchmark measured, a line for each of its rows
@@ -18,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .page import gain_table, method_table, number, select
+from .page import gain_table, method_table, number, select, with_interval
 from .summary import read_summaries
 from .table import comparison_table, points, text_table
 
 MARKS = re.compile(r"(<!-- results:(\S+)(?: (\S+))?(?: (\S+))? -->)(.*?)(<!-- /results -->)", re.DOTALL)
 
+GAINS = {"gain": "delta", "gain_longer": "delta_longer"}
 ROLES = ("teacher", "twin", "student")
 BENCHMARKS = ("step", "task-loss")
 """What `hf_detrkd.commands.benchmark` writes as ``what``."""
@@ -53,6 +55,8 @@ def embed(text: str, summaries: Mapping[str, Mapping[str, Any]], runs: Mapping[s
             return f"{start}\n{method_table(rows)}\n{end}"
         if len(rows) != 1:
             raise ValueError(f"{start}: {len(rows)} lines of {grid} fit; one is needed.")
+        if name in GAINS:
+            return f"{start}{with_interval(rows[0], GAINS[name])}{end}"
         if name not in rows[0]:
             raise ValueError(f"{start}: the line has no {name!r}; it has {sorted(rows[0])}.")
         return f"{start}{number(name, rows[0][name])}{end}"

@@ -48,19 +48,23 @@ def gain_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [number(name, row[name]) for name in titles]
         low, high, least, most = (number(f"delta_{end}", row[f"delta_{end}"]) for end in ("low", "high", "min", "max"))
         spread = ["-" if row["delta_low"] is None else f"{low} to {high}", f"{least} to {most}"]
-        spread += [_over_longer_twin(row)] * len(longer)
+        spread += [with_interval(row, "delta_longer")] * len(longer)
         lines.append([f"{row['dataset']}/{row['pair']}/{row['method']}", *cells[:4], *spread, *cells[4:]])
     return text_table(header, lines, markdown=True)
 
 
-def _over_longer_twin(row: Mapping[str, Any]) -> str:
-    """The gain over it, and in brackets its interval; the number of seeds in the place of an interval, or where it isn't the row's."""
-    if "delta_longer" not in row:
+def with_interval(row: Mapping[str, Any], of: str = "delta") -> str:
+    """A gain, and in brackets its interval; the number of seeds in the place of an interval, or where it isn't the row's.
+
+    Args:
+        of: "delta" or, over the longer twin, "delta_longer"; a row may lack the second.
+    """
+    if of not in row:
         return "-"
-    gain, low, high = (number("delta", row[f"delta_longer{end}"]) for end in ("", "_low", "_high"))
-    seeds = len(row["delta_longer_seeds"])
-    known = [f"{low} to {high}"] * (row["delta_longer_low"] is not None)
-    known += [f"{seeds} seed{'s' * (seeds > 1)}"] * (not known or seeds != len(row["seeds"]))
+    gain, low, high = (number("delta", row[f"{of}{end}"]) for end in ("", "_low", "_high"))
+    seeds = row.get(f"{of}_seeds", row["seeds"])
+    known = [f"{low} to {high}"] * (row[f"{of}_low"] is not None)
+    known += [f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"] * (not known or len(seeds) != len(row["seeds"]))
     return f"{gain} ({', '.join(known)})"
 
 
