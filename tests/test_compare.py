@@ -891,7 +891,15 @@ class TestEmbedding:
         ]
 
     def test_a_gain_with_its_interval(self):
-        row = {"dataset": "d", "pair": "p", "method": "a", "seeds": [0, 1, 2], "delta": 3.14, "delta_low": -1, "delta_high": 7.2}
+        row = {
+            "dataset": "d",
+            "pair": "p",
+            "method": "a",
+            "seeds": [0, 1, 2],
+            "delta": 3.14,
+            "delta_low": -1,
+            "delta_high": 7.2,
+        }
         one = {**row, "method": "b", "seeds": [0], "delta_low": None, "delta_high": None}
         longer = {"delta_longer": 1, "delta_longer_low": -2, "delta_longer_high": 4, "delta_longer_seeds": [0, 1]}
 

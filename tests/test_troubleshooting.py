@@ -225,6 +225,13 @@ def without_labels() -> None:
     DistillationModel(model, adapter_for(model)).train()(zoo.batch()["pixel_values"])
 
 
+def diverged() -> None:
+    model = zoo.build("rt_detr")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    DistillationModel(model, adapter_for(model)).train()(**zoo.batch())
+
+
 SETTINGS: list[Trouble] = [
     lambda patch: methods("kd_dert"),
     lambda patch: methods("kd_detr", {"temprature": 2}),
@@ -244,6 +251,7 @@ SETTINGS: list[Trouble] = [
     lambda patch: maps_under_checkpointing(),
     two_gpus,
     lambda patch: without_labels(),
+    lambda patch: diverged(),
 ]
 
 

@@ -21,6 +21,11 @@ from .boxes import generalized_iou_of_corners, iou_of_corners
 if TYPE_CHECKING:
     from ..families.base import FamilyAdapter
 
+DIVERGED = (
+    "The student predicts NaN or infinite numbers: its training has diverged. Start again with a lower --learning_rate, a larger "
+    "--warmup_steps or, in the place of --fp16 true, with --bf16 true."
+)
+
 
 @contextmanager
 def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[None]:
@@ -41,6 +46,9 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[None]:
             predictions of DETR-like models, while here the config is left as it is and the layers' predictions are
             ``adapter.layer_predictions()``. Nothing changes where the flag is on already. In the RT-DETR line the flag
             also stands for the losses of the encoder and of the denoising queries.
+
+    Raises:
+        FloatingPointError: while it runs, where the predictions are no numbers.
     """
     model = adapter.model
     original, assigned = model.loss_function, model.__dict__.get("_loss_function")
@@ -54,7 +62,12 @@ def task_loss(adapter: FamilyAdapter, per_layer: bool) -> Iterator[None]:
                 every_query = logits.shape[1] != adapter.num_queries
                 outputs_class, outputs_coord = adapter.layer_predictions(every_query)
         with _matched_at_once():
-            return original(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, *args, **kw)
+            try:
+                return original(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, *args, **kw)
+            except ValueError as error:  # of the matching, or of transformers' boxes, with all their numbers
+                if logits.isfinite().all() and pred_boxes.isfinite().all():
+                    raise
+                raise FloatingPointError(DIVERGED) from error
 
     model.loss_function = loss_function
     try:
