@@ -104,6 +104,39 @@ def test_search_on_val_and_what_is_written(lab, tmp_path, monkeypatch, capsys):
     assert "share 0.3: kd_weight" in capsys.readouterr().out
 
 
+def test_learning_rates_of_the_twin(lab, tmp_path, capsys):
+    """Whole twins on the validation split; one that diverges is no reason to stop."""
+    best, worst = (f"bccd/small@{rate}/none/seed3".replace("/", "__") for rate in ("0.003", "0.1"))
+    lab.wish(**{best: {"map": 0.4}, worst: {"fails": True}})
+    flags = ["--config", str(lab.write()), "--runs", str(tmp_path / "runs"), "--only", "bccd/*", "--jobs", "4"]
+    flags += ["--evidence", str(tmp_path / "evidence")]
+    found = tune.main([*flags, "--learning_rates", "0.001", "0.003", "0.1"])
+    assert list(found) == ["bccd/small"] and found["bccd/small"]["learning_rate"] == 0.003
+    rows = [(row["learning_rate"], row["validation_map"]) for row in found["bccd/small"]["search"]]
+    assert rows == [(0.001, 13.0), (0.003, 43.0), (0.1, None)]
+    recipe = yaml.safe_load((tmp_path / "runs/grid_rates/bccd/small@0.003/none/seed3/recipe.yaml").read_text())
+    assert recipe["dataset_test_split"] == "validation" and recipe["learning_rate"] == 0.003
+    assert set(json.loads((tmp_path / "evidence" / "grid_rates.json").read_text())) == {"bccd/small"}
+    said = capsys.readouterr().out
+    assert "bccd/small: learning_rate 0.003" in said and "largest" not in said
+    tune.main([*flags, "--learning_rates", "0.001", "0.003"])  # goes on where it was
+    assert "0.003 is the largest that was tried" in capsys.readouterr().out
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_no_rate_that_works(lab, tmp_path):
+    lab.wish(**{"bccd__small@0.1__none__seed3": {"fails": True}})
+    flags = ["--config", str(lab.write()), "--runs", str(tmp_path / "runs"), "--only", "bccd/*"]
+    with pytest.raises(RuntimeError, match="no twin of bccd/small ended"):
+        tune.main([*flags, "--evidence", str(tmp_path), "--learning_rates", "0.1"])
+
+
+@pytest.mark.parametrize("others", [["--search", "0.1"], ["--target_share", "0.1"], ["--balance"]])
+def test_rates_beside_shares_are_refused(lab, others):
+    with pytest.raises(ValueError, match="--learning_rates is of the twin"):
+        tune.main(["--config", str(lab.write()), "--learning_rates", "0.1", *others])
+
+
 def test_shares_must_be_shares(lab):
     with pytest.raises(ValueError, match=r"is 1\.5; it must lie between 0 and 1"):
         tune.main(["--config", str(lab.write()), "--target_share", "1.5"])

@@ -1,16 +1,22 @@
-"""Choose the weights of methods: by their share of the gradient at the start of training, or by a small search.
+"""Choose the learning rate of the twins; and the weights of methods, by their share of the gradient or a small search.
 
+    python scripts/tune.py --config scripts/recipes/grids/bccd.yaml --learning_rates 0.001 0.003 0.006 --jobs 2
     python scripts/tune.py --config scripts/recipes/grids/bccd.yaml --only "bccd/*/kd_detr/*" --target_share 0.3
     python scripts/tune.py --config ... --only ... --search 0.1 0.3 0.5 --jobs 2     the best of these shares on val
+
+First the learning rate. A twin that could be better makes any method look good: with --learning_rates every pair's twin is
+trained whole with each of them (runs/<grid>_rates/), the one with the best AP on the validation split is printed, for the
+pair's `learning_rate`, and the evidence goes to docs/results/tuning/<grid>_rates.json.
 
 Losses of different papers have different scales: equal weights say nothing. What can be compared is how much of the
 gradient norm distillation has, ||g_kd|| / (||g_detection|| + ||g_kd||) with respect to the student's parameters. It is
 measured after the first steps of the run itself, and ``kd_weight`` is set so that it becomes the target. With
 ``--balance`` the weights of the terms are first set so that all terms have gradients of the same norm.
 
-With --search every share is also tried in a whole run, in a grid of its own (runs/<grid>_search/, split: validation,
-which goes on where it was stopped), and the share with the best AP on the validation split is taken. The test split is
-never read. What was found goes to a file of ``overrides`` for the grid, the evidence to docs/results/tuning/.
+With --search every share is also tried in a whole run, and the share with the best AP on the validation split is taken.
+What was found goes to a file of ``overrides`` for the grid, the evidence to docs/results/tuning/.
+
+Whole runs are a grid of their own, which goes on where it was stopped. The test split is never read.
 """
 
 from __future__ import annotations
@@ -67,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--target_share", type=float, help=f"of the gradient norm, between 0 and 1; default: {USUAL_SHARE}"
     )
     parser.add_argument("--search", type=float, nargs="+", default=[], help="shares to try in whole runs")
+    parser.add_argument(
+        "--learning_rates", type=float, nargs="+", default=[], help="to try with the twins, in whole runs"
+    )
     parser.add_argument("--balance", action="store_true", help="give all terms gradients of the same norm")
     parser.add_argument("--after", type=int, default=20, help="steps before the measurement")
     parser.add_argument("--steps", type=int, default=10, help="steps of the measurement")
@@ -82,13 +91,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"--target_share {arguments.target_share} beside --search {' '.join(map(str, arguments.search))}: a search tries "
             "its own shares. Put it among them, or leave --search out."
         )
+    if arguments.learning_rates and (arguments.balance or arguments.search or arguments.target_share is not None):
+        raise ValueError(
+            "--learning_rates is of the twin, which has no teacher: choose it first, and the shares of methods by a second call."
+        )
     arguments.target_share = USUAL_SHARE if arguments.target_share is None else arguments.target_share
     for share in (arguments.target_share, *arguments.search):
         if not 0 < share < 1:
             raise ValueError(f"A share of the gradient norm is {share}; it must lie between 0 and 1.")
     grid = read_grid(arguments.config, arguments.runs, to_be_tuned=True)
+    found: dict[str, Any] = {}
+    if arguments.learning_rates:
+        for cell in grid.selected(arguments.only):
+            name = f"{cell.data}/{cell.pair}"
+            if cell.method == TWIN and name not in found:  # the first seed
+                found[name] = tune_rate(grid, cell, arguments)
+                _keep_evidence(name, found[name], f"{grid.name}_rates", arguments)
+        return found
     cells = [cell for cell in grid.selected(arguments.only) if cell.method not in (TEACHER, TWIN) and not cell.time_of]
-    found = {}
     for cell in cells:
         name = f"{cell.data}/{cell.pair}/{cell.method}"
         if name not in found:  # the first seed
@@ -217,40 +237,77 @@ class _Measure(TrainerCallback):
 def search(
     grid: Grid, cell: Cell, fields: Mapping[str, Any], weights: Mapping[float, float], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Whole runs with each weight, in a grid of their own that sees the validation split only.
+    """Whole runs with each weight.
 
     Returns:
         by share ``kd_weight``, ``validation_map`` and ``twin_map`` in AP points of the validation split.
     """
-    flags = {name: value for name, value in cell.recipe.items() if name not in METHOD_FIELDS | OF_THE_HARNESS}
-    pair = {"teacher": flags.pop("teacher_model_name_or_path"), **flags}
     methods = {f"{cell.method}@{share}": {**fields, "kd_weight": weight} for share, weight in weights.items()}
-    content = {"data": {cell.data: {}}, "pairs": {cell.pair: pair}, "methods": methods, "seeds": [cell.seed]}
-    path = Path(arguments.runs) / f"{grid.name}_search.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({**content, "split": "validation"}, sort_keys=False), encoding="utf-8")
-    trials = read_grid(path, arguments.runs)
-    outcomes = Runner(trials, arguments.jobs).run(trials.cells)
-    bad = {name: outcome for name, outcome in outcomes.items() if outcome != "done"}
-    if bad:
-        raise RuntimeError(
-            f"The search of {cell.name} is not complete: {bad}. Start the command again when that is mended."
-        )
-
-    def points(method: str) -> float:
-        return round(
-            100 * trials.cell(cell.data, cell.pair, method, cell.seed).read()["student"]["validation"]["map"], 2
-        )
-
+    points = _whole_runs(grid, cell, {cell.pair: {}}, methods, "search", arguments)
+    if None in points.values():
+        raise RuntimeError(f"The search of {cell.name} is not complete. Start the command again when that is mended.")
     return [
         {
             "share": share,
             "kd_weight": weight,
-            "validation_map": points(f"{cell.method}@{share}"),
-            "twin_map": points(TWIN),
+            "validation_map": points[cell.pair, f"{cell.method}@{share}"],
+            "twin_map": points[cell.pair, TWIN],
         }
         for share, weight in weights.items()
     ]
+
+
+def tune_rate(grid: Grid, cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The learning rate with which a twin is best, and the AP on the validation split with each; None where it failed."""
+    name = f"{cell.data}/{cell.pair}"
+    pairs = {f"{cell.pair}@{rate:g}": {"learning_rate": rate} for rate in arguments.learning_rates}
+    points = _whole_runs(grid, cell, pairs, {TWIN: {}}, "rates", arguments)
+    rows = [
+        {"learning_rate": flags["learning_rate"], "validation_map": points[pair, TWIN]} for pair, flags in pairs.items()
+    ]
+    ended = [row for row in rows if row["validation_map"] is not None]
+    if not ended:
+        raise RuntimeError(f"With these learning rates no twin of {name} ended; the reasons stand above.")
+    best = max(ended, key=lambda row: row["validation_map"])["learning_rate"]
+    print(f"{name}: learning_rate {best:g}, for `pairs: {cell.pair}` of the grid")
+    for row in rows:
+        reached = "failed" if row["validation_map"] is None else f"AP {row['validation_map']} on val"
+        print(f"  learning_rate {row['learning_rate']:g}: {reached}")
+    for end, extreme in (("largest", max), ("smallest", min)):
+        if best == extreme(arguments.learning_rates):
+            print(f"  {best:g} is the {end} that was tried: try beyond it too")
+    return {"learning_rate": best, "search": rows, "seed": cell.seed}
+
+
+def _whole_runs(
+    grid: Grid,
+    cell: Cell,
+    pairs: Mapping[str, Mapping[str, Any]],
+    methods: Mapping[str, Mapping[str, Any]],
+    purpose: str,
+    arguments: argparse.Namespace,
+) -> dict[tuple[str, str], float | None]:
+    """A cell's run with other flags and other methods, in a grid of its own that sees the validation split only.
+
+    Returns:
+        by pair and method, the twin among them, the AP in points; None of runs that failed.
+    """
+    flags = {name: value for name, value in cell.recipe.items() if name not in METHOD_FIELDS | OF_THE_HARNESS}
+    own = {"teacher": flags.pop("teacher_model_name_or_path"), **flags}
+    pairs = {name: {**own, **others} for name, others in pairs.items()}
+    content = {"data": {cell.data: {}}, "pairs": pairs, "methods": dict(methods), "seeds": [cell.seed]}
+    path = Path(arguments.runs) / f"{grid.name}_{purpose}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**content, "split": "validation"}, sort_keys=False), encoding="utf-8")
+    trials = read_grid(path, arguments.runs)
+    outcomes = Runner(trials, arguments.jobs).run(trials.cells)
+    return {
+        (trial.pair, trial.method): round(100 * trial.read()["student"]["validation"]["map"], 2)
+        if outcomes[trial.name] == "done"
+        else None
+        for trial in trials.cells
+        if trial.method != TEACHER
+    }
 
 
 def _keep(name: str, found: Mapping[str, Any], arguments: argparse.Namespace) -> None:
@@ -264,13 +321,19 @@ def _keep(name: str, found: Mapping[str, Any], arguments: argparse.Namespace) ->
         "# Written by scripts/tune.py: `overrides` of a grid\n" + yaml.safe_dump(overrides, sort_keys=True),
         encoding="utf-8",
     )
-    evidence = arguments.evidence / f"{arguments.config.stem}.json"
-    before = json.loads(evidence.read_text(encoding="utf-8")) if evidence.is_file() else {}
-    write_json({**before, name: {**found, "versions": versions()}}, evidence)
+    evidence = _keep_evidence(name, found, arguments.config.stem, arguments)
     last = found["rounds"][-1]
     print(f"{name}: {overrides[name]}, share of the gradient {last['share']:.2f} -> {output}, {evidence}")
     for row in found.get("search", []):
         print("  share {share}: kd_weight {kd_weight}, AP {validation_map} on val, twin {twin_map}".format(**row))
+
+
+def _keep_evidence(name: str, found: Mapping[str, Any], stem: str, arguments: argparse.Namespace) -> Path:
+    """Adds it to what earlier calls found."""
+    path = arguments.evidence / f"{stem}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json({**before, name: {**found, "versions": versions()}}, path)
+    return path
 
 
 if __name__ == "__main__":
