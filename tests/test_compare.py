@@ -847,9 +847,12 @@ class TestEmbedding:
         assert embed(new, {}, runs) == new
 
     def test_runs_of_finetune(self, tmp_path):
-        (tmp_path / "alone.json").write_text(json.dumps({"model": {"test": {"map": 0.0641}}}))
-        text = "<!-- results:alone model map -->?<!-- /results -->"
-        assert embed(text, {}, read_runs(tmp_path)) == text.replace("?", "6.4")
+        (tmp_path / "alone.json").write_text(
+            json.dumps({"model": {"test": {"map": 0.0641}, "validation": {"map": 0.07}}})
+        )
+        for name, value in (("map", "6.4"), ("validation_map", "7.0")):
+            text = f"<!-- results:alone model {name} -->?<!-- /results -->"
+            assert embed(text, {}, read_runs(tmp_path)) == text.replace("?", value)
 
     def test_benchmarks(self, tmp_path):
         rows = [{"method": "none", "peak_memory_MiB": 1340.5}, {"overhead": 1.0263, "method": "kd_detr"}]

@@ -6,7 +6,8 @@
 <!-- results:bccd bccd/rt_detr/kd_detr delta -->+3.1    one number
 <!-- results:bccd bccd/rt_detr/kd_detr gain -->         the gain and its interval; ``gain_longer``: over the longer twin
 <!-- results:demo -->                                   the table of a single run with its twin, from ``demo.json``
-<!-- results:demo student map -->11.0                   one number of it, in points: of the teacher, twin or student
+<!-- results:demo student map -->11.0                   one number of it, in points: of the teacher, twin or student;
+                                                        ``validation_map``: of the other split
 <!-- results:cost_step -->                              what a benchmark measured, a line for each of its rows
 <!-- /results -->                                       the end of each
 """
@@ -68,7 +69,10 @@ def of_run(start: str, run: Mapping[str, Any], role: str | None, metric: str | N
     """The table of a run on its test split, or one number of it; the table of a benchmark."""
     if "rows" in run:
         return f"\n{benchmark_table(run['rows'])}\n"
-    measured = {role: run[role]["test"] for role in (*ROLES, "model") if run.get(role) and run[role].get("test")}
+    measured = {name: run[name]["test"] for name in (*ROLES, "model") if run.get(name) and run[name].get("test")}
+    if role in measured:
+        validation = run[role].get("validation") or {}
+        measured[role] = measured[role] | {f"validation_{name}": value for name, value in validation.items()}
     if role is None:
         return f"\n{comparison_table(measured, markdown=True)}\n"
     if metric not in measured.get(role, {}):
