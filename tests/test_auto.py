@@ -84,7 +84,7 @@ def test_its_choice_for_such_students_is_what_validation_says(grid, pairs):
 
 
 @pytest.mark.parametrize(
-    "grid", ["bccd96", "bccd_finetuned", "bccd_weights", "shapes", "shapes_long", "shapes_families"]
+    "grid", ["bccd_small", "bccd96", "bccd_finetuned", "bccd_weights", "shapes", "shapes_long", "shapes_families"]
 )
 def test_its_evidence_is_about_its_settings(grid):
     """The documents say that `maps_and_points` of these grids is what `auto` takes."""
